@@ -1,0 +1,124 @@
+//! Stored numbers as the kernels see them: borrowed slices tagged with their type.
+
+use half::{bf16, f16};
+
+/// Type of a stored number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of an IEEE single.
+    Bf16,
+}
+
+impl Dtype {
+    /// Bytes that one number takes.
+    pub fn size_bytes(self) -> usize {
+        match self {
+            Dtype::F32 => 4,
+            Dtype::F16 | Dtype::Bf16 => 2,
+        }
+    }
+}
+
+/// Precision of activations and of the KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ActivationType {
+    /// Activations and KV stay f32.
+    F32,
+    /// What a matrix product or the KV cache reads is rounded to bf16 (nearest, ties to even); sums stay f32.
+    Bf16,
+}
+
+/// Borrowed numbers of any stored type.
+#[derive(Clone, Copy, Debug)]
+pub enum Elements<'a> {
+    /// f32 numbers.
+    F32(&'a [f32]),
+    /// f16 numbers.
+    F16(&'a [f16]),
+    /// bf16 numbers.
+    Bf16(&'a [bf16]),
+}
+
+impl<'a> Elements<'a> {
+    /// How many numbers there are.
+    pub fn len(self) -> usize {
+        match self {
+            Elements::F32(x) => x.len(),
+            Elements::F16(x) => x.len(),
+            Elements::Bf16(x) => x.len(),
+        }
+    }
+
+    /// True if there are none.
+    pub fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+
+    /// Their type.
+    pub fn dtype(self) -> Dtype {
+        match self {
+            Elements::F32(_) => Dtype::F32,
+            Elements::F16(_) => Dtype::F16,
+            Elements::Bf16(_) => Dtype::Bf16,
+        }
+    }
+
+    /// The numbers at `range`.
+    ///
+    /// # Panics
+    /// If `range` is out of bounds.
+    pub fn slice(self, range: std::ops::Range<usize>) -> Elements<'a> {
+        match self {
+            Elements::F32(x) => Elements::F32(&x[range]),
+            Elements::F16(x) => Elements::F16(&x[range]),
+            Elements::Bf16(x) => Elements::Bf16(&x[range]),
+        }
+    }
+}
+
+/// A borrowed row-major matrix `[rows, cols]`; as a weight `[output width, input width]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a> {
+    elements: Elements<'a>,
+    rows: usize,
+    cols: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// View `elements` as `[rows, cols]`.
+    ///
+    /// # Panics
+    /// If the number of elements is not `rows * cols`.
+    pub fn new(elements: Elements<'a>, rows: usize, cols: usize) -> Matrix<'a> {
+        assert_eq!(elements.len(), rows * cols, "matrix of {rows} x {cols}");
+        Matrix { elements, rows, cols }
+    }
+
+    /// Number of rows: the output width of a weight.
+    pub fn rows(self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns: the input width of a weight.
+    pub fn cols(self) -> usize {
+        self.cols
+    }
+
+    /// All elements, row after row.
+    pub fn elements(self) -> Elements<'a> {
+        self.elements
+    }
+
+    /// The rows at `range`, as a matrix.
+    ///
+    /// # Panics
+    /// If `range` is out of bounds.
+    pub fn slice_rows(self, range: std::ops::Range<usize>) -> Matrix<'a> {
+        let elements = self.elements.slice(range.start * self.cols..range.end * self.cols);
+        Matrix { elements, rows: range.len(), cols: self.cols }
+    }
+}

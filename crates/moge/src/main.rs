@@ -1,0 +1,3 @@
+//! The `moge` binary.
+
+fn main() {}
