@@ -4,6 +4,12 @@
 //! caller. Each output element is reduced in one fixed order that depends on the format and the
 //! [`Isa`], never on the number of rows, the number of threads or the place in a batch.
 
+mod attention;
+mod cpu;
 mod elements;
+mod rope;
 
+pub use attention::{BlockId, SequenceRows};
+pub use cpu::Cpu;
 pub use elements::{ActivationType, Dtype, Elements, Matrix};
+pub use rope::RopeLayout;

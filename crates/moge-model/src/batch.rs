@@ -1,6 +1,8 @@
 //! What one step computes: rows of tokens, where their keys and values go, and what is wanted back.
 
-use crate::{BlockId, TokenId};
+use moge_kernels::SequenceRows;
+
+use crate::TokenId;
 
 /// The rows of one step. Prefill chunks and decodes mix freely.
 ///
@@ -11,20 +13,9 @@ pub struct Batch {
     /// Token of each row, `[num_rows]`.
     pub tokens: Vec<TokenId>,
     /// The sequences that have rows in this step.
-    pub sequences: Vec<BatchSequence>,
+    pub sequences: Vec<SequenceRows>,
     /// Rows whose logits are wanted, strictly ascending. `Workspace::logits` returns them in this order.
     pub logit_rows: Vec<u32>,
-}
-
-/// One sequence's share of a [`Batch`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BatchSequence {
-    /// Number of consecutive rows, at least one.
-    pub num_rows: usize,
-    /// Position of the first of these rows in the sequence; that many tokens are in the KV cache already.
-    pub first_position: usize,
-    /// Blocks of the sequence in order; they have room for `first_position + num_rows` tokens.
-    pub block_table: Vec<BlockId>,
 }
 
 impl Batch {

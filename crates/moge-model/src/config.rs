@@ -1,6 +1,6 @@
 //! `config.json` to a checked [`ModelConfig`].
 
-use moge_kernels::Dtype;
+use moge_kernels::{Dtype, RopeLayout};
 use thiserror::Error;
 
 /// The networks that the one decoder runs.
@@ -32,8 +32,8 @@ pub struct RopeConfig {
     pub theta: f64,
     /// How many leading numbers of a head turn; even, at most `head_dim`.
     pub rotary_dim: usize,
-    /// True where neighbours (2i, 2i+1) turn together; false where (i, i + rotary_dim / 2) do (rotate-half).
-    pub interleaved: bool,
+    /// Which numbers of a head turn together.
+    pub layout: RopeLayout,
 }
 
 /// Shape of a routed layer.

@@ -11,7 +11,3 @@ pub struct TokenId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct ExpertId(pub u32);
-
-/// A block of the KV cache: the place of [`crate::BLOCK_SIZE`] consecutive tokens of one sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct BlockId(pub u32);

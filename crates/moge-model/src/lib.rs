@@ -3,10 +3,15 @@
 mod batch;
 mod config;
 mod ids;
+mod kv_cache;
+mod model;
 
-pub use batch::{Batch, BatchSequence};
+pub use batch::Batch;
 pub use config::{Architecture, ConfigError, MlpConfig, ModelConfig, MoeConfig, NormPlacement, RopeConfig};
-pub use ids::{BlockId, ExpertId, TokenId};
+pub use ids::{ExpertId, TokenId};
+pub use kv_cache::KvCache;
+pub use model::{Model, Workspace};
+pub use moge_kernels::{ActivationType, BlockId, Cpu, SequenceRows};
 
 /// Tokens that one block of the KV cache holds.
 pub const BLOCK_SIZE: usize = 32;
