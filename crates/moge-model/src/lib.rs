@@ -1,19 +1,23 @@
 //! The network: checkpoint files to weights to logits. Knows nothing of requests.
 
 mod batch;
+mod checkpoint;
 mod checkpoint_writer;
 mod config;
 mod ids;
 mod kv_cache;
 mod model;
+mod weights;
 
 pub use batch::Batch;
+pub use checkpoint::{Checkpoint, CheckpointError, LoadMode, StoredTensor, TensorProblem};
 pub use checkpoint_writer::{CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, PlannedTensor, WriteError};
 pub use config::{Architecture, ConfigError, MlpConfig, ModelConfig, MoeConfig, NormPlacement, RopeConfig};
 pub use ids::{ExpertId, TokenId};
 pub use kv_cache::KvCache;
 pub use model::{Model, Workspace};
 pub use moge_kernels::{ActivationType, BlockId, Cpu, SequenceRows};
+pub use weights::{TensorSpec, Weight, expected_tensors, tensor_problems};
 
 /// Tokens that one block of the KV cache holds.
 pub const BLOCK_SIZE: usize = 32;

@@ -1,0 +1,393 @@
+//! Safetensors files of a checkpoint: their headers checked, their data mapped or read, nothing interpreted.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use safetensors::SafeTensors;
+use safetensors::tensor::Dtype as StoredDtype;
+use serde_json::Value;
+use thiserror::Error;
+
+/// Bytes read by one thread at a time.
+const READ_CHUNK_BYTES: usize = 16 << 20;
+
+/// How the data of a checkpoint comes into memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum LoadMode {
+    /// Map the files; pages come in when they are touched.
+    #[default]
+    Mmap,
+    /// Read the files whole, several parts at once: faster on network disks.
+    Read,
+}
+
+/// Why a checkpoint is refused.
+#[derive(Debug, Error)]
+pub enum CheckpointError {
+    /// A file cannot be read.
+    #[error("{file}: {source}")]
+    Read {
+        /// The file's path.
+        file: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Neither `model.safetensors.index.json` nor `model.safetensors` is there.
+    #[error("{dir}: no model.safetensors.index.json and no model.safetensors")]
+    NoWeights {
+        /// The checkpoint's directory.
+        dir: String,
+    },
+    /// A safetensors header is wrong: its length, its JSON, its offsets.
+    #[error("{file}: not a valid safetensors file ({file_bytes} bytes): {problem}")]
+    Header {
+        /// The file's path.
+        file: String,
+        /// The file's size.
+        file_bytes: u64,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The index is not what it must be.
+    #[error("{file}: {field}: {problem}")]
+    Index {
+        /// The index file's path.
+        file: String,
+        /// The entry.
+        field: String,
+        /// What was found and what is allowed.
+        problem: String,
+    },
+    /// Tensors are missing, unexpected, or have another shape or type than the config says.
+    #[error("{dir}: {} of the tensors do not fit config.json:\n  {}", .problems.len(), first_lines(.problems))]
+    Tensors {
+        /// The checkpoint's directory.
+        dir: String,
+        /// One line for each tensor.
+        problems: Vec<TensorProblem>,
+    },
+}
+
+/// What is wrong with one tensor.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum TensorProblem {
+    /// The config asks for it and no file has it.
+    #[error("{name}: missing, should be {shape:?}")]
+    Missing {
+        /// The tensor's name.
+        name: String,
+        /// The shape that the config gives it.
+        shape: Vec<usize>,
+    },
+    /// A file has it and the config has no place for it.
+    #[error("{name}: unexpected, is {shape:?}")]
+    Unexpected {
+        /// The tensor's name.
+        name: String,
+        /// Its shape.
+        shape: Vec<usize>,
+    },
+    /// It has another shape.
+    #[error("{name}: shape is {found:?}, should be {expected:?}")]
+    Shape {
+        /// The tensor's name.
+        name: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape that the config gives it.
+        expected: Vec<usize>,
+    },
+    /// It has a type that the engine cannot run.
+    #[error("{name}: dtype is {found}, allowed are F32, F16, BF16")]
+    Dtype {
+        /// The tensor's name.
+        name: String,
+        /// Its type.
+        found: String,
+    },
+}
+
+fn first_lines(problems: &[TensorProblem]) -> String {
+    const MAX_LINES: usize = 8;
+    let mut lines: Vec<String> = problems.iter().take(MAX_LINES).map(ToString::to_string).collect();
+    if problems.len() > MAX_LINES {
+        lines.push(format!("... and {} more", problems.len() - MAX_LINES));
+    }
+    lines.join("\n  ")
+}
+
+/// The bytes of one file, or of one tensor that had to be copied.
+#[derive(Debug)]
+pub(crate) enum Storage {
+    Mapped(memmap2::Mmap),
+    /// Whole words, so that every number type is aligned; the second field is the length in bytes.
+    Owned(Vec<u64>, usize),
+}
+
+impl Storage {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        match self {
+            Storage::Mapped(map) => map,
+            Storage::Owned(words, len) => &bytemuck::cast_slice(words)[..*len],
+        }
+    }
+
+    fn zeroed(len: usize) -> Storage {
+        Storage::Owned(vec![0u64; len.div_ceil(8)], len)
+    }
+
+    pub(crate) fn copy_of(bytes: &[u8]) -> Storage {
+        let mut storage = Storage::zeroed(bytes.len());
+        if let Storage::Owned(words, len) = &mut storage {
+            bytemuck::cast_slice_mut(words)[..*len].copy_from_slice(bytes);
+        }
+        storage
+    }
+}
+
+/// A tensor as it lies in a file.
+#[derive(Clone, Debug)]
+pub struct StoredTensor {
+    pub(crate) storage: Arc<Storage>,
+    pub(crate) range: Range<usize>,
+    dtype: StoredDtype,
+    shape: Vec<usize>,
+}
+
+impl StoredTensor {
+    /// Its type.
+    pub fn dtype(&self) -> StoredDtype {
+        self.dtype
+    }
+
+    /// Its shape.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Its bytes, little endian, row-major; not necessarily aligned for its type.
+    pub fn bytes(&self) -> &[u8] {
+        &self.storage.bytes()[self.range.clone()]
+    }
+}
+
+/// The tensors of a checkpoint by name.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    tensors: BTreeMap<String, StoredTensor>,
+    shards: Vec<Arc<Storage>>,
+}
+
+impl Checkpoint {
+    /// Open the files of `dir` and check every header. `progress` gets the bytes read so far and in all; only
+    /// [`LoadMode::Read`] calls it.
+    ///
+    /// # Errors
+    /// If a file is missing, unreadable or malformed, or the index and the files disagree.
+    pub fn open(
+        dir: &Path,
+        mode: LoadMode,
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Checkpoint, CheckpointError> {
+        let index = dir.join("model.safetensors.index.json");
+        let files = if index.exists() { read_index(&index)? } else { single_file(dir)? };
+        let total_bytes = files.keys().map(|file| dir.join(file).metadata().map_or(0, |m| m.len())).sum();
+        let mut checkpoint = Checkpoint { dir: dir.to_owned(), tensors: BTreeMap::new(), shards: Vec::new() };
+        let mut bytes_before = 0;
+        for (file, listed) in &files {
+            let path = dir.join(file);
+            let storage = Arc::new(match mode {
+                LoadMode::Mmap => map_file(&path)?,
+                LoadMode::Read => read_file(&path, &|bytes| progress(bytes_before + bytes, total_bytes))?,
+            });
+            bytes_before += storage.bytes().len() as u64;
+            checkpoint.add_shard(&path, storage, listed.as_ref(), &index)?;
+        }
+        Ok(checkpoint)
+    }
+
+    /// The checkpoint's directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// All tensors, in the order of their names.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &StoredTensor)> {
+        self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    /// The tensor called `name`.
+    pub fn get(&self, name: &str) -> Option<&StoredTensor> {
+        self.tensors.get(name)
+    }
+
+    /// Bytes of all files.
+    pub fn total_bytes(&self) -> u64 {
+        self.shards.iter().map(|shard| shard.bytes().len() as u64).sum()
+    }
+
+    /// Touch every page of mapped files with `num_threads` threads, so that the first step finds them in memory.
+    pub fn prefault(&self, num_threads: usize, progress: &(dyn Fn(u64, u64) + Sync)) {
+        let total_bytes = self.total_bytes();
+        let mut bytes_before = 0;
+        for shard in &self.shards {
+            let bytes = shard.bytes();
+            let touch = |chunk: &[u8]| {
+                std::hint::black_box(chunk.iter().step_by(4096).fold(0u8, |sum, byte| sum.wrapping_add(*byte)));
+                Ok(())
+            };
+            let parts = bytes.chunks(READ_CHUNK_BYTES);
+            let result: Result<(), std::convert::Infallible> =
+                each_part(parts, num_threads, touch, &|done| progress(bytes_before + done, total_bytes));
+            let Ok(()) = result;
+            bytes_before += bytes.len() as u64;
+        }
+    }
+
+    fn add_shard(
+        &mut self,
+        path: &Path,
+        storage: Arc<Storage>,
+        listed: Option<&BTreeSet<String>>,
+        index: &Path,
+    ) -> Result<(), CheckpointError> {
+        let bytes = storage.bytes();
+        let bad_header = |problem: String| CheckpointError::Header {
+            file: path.display().to_string(),
+            file_bytes: bytes.len() as u64,
+            problem,
+        };
+        let (header_len, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| bad_header(e.to_string()))?;
+        let data_start = 8 + header_len;
+        let data_len = metadata.data_len();
+        if data_start + data_len != bytes.len() {
+            let has = bytes.len() - data_start;
+            return Err(bad_header(format!("its header describes {data_len} bytes of data, it has {has}")));
+        }
+        for (name, info) in metadata.tensors() {
+            if listed.is_some_and(|listed| !listed.contains(&name)) {
+                let problem = format!("is in {} and not listed", path.display());
+                return Err(CheckpointError::Index { file: index.display().to_string(), field: name, problem });
+            }
+            let (start, end) = info.data_offsets;
+            let range = data_start + start..data_start + end;
+            let tensor = StoredTensor { storage: storage.clone(), range, dtype: info.dtype, shape: info.shape.clone() };
+            self.tensors.insert(name, tensor);
+        }
+        for name in listed.into_iter().flatten() {
+            if !self.tensors.contains_key(name) {
+                let problem = format!("{} does not hold it", path.display());
+                let file = index.display().to_string();
+                return Err(CheckpointError::Index { file, field: name.clone(), problem });
+            }
+        }
+        self.shards.push(storage);
+        Ok(())
+    }
+}
+
+/// File name to the tensors that the index says it holds; `None` where there is no index.
+type Files = BTreeMap<String, Option<BTreeSet<String>>>;
+
+fn single_file(dir: &Path) -> Result<Files, CheckpointError> {
+    let name = "model.safetensors";
+    if !dir.join(name).exists() {
+        return Err(CheckpointError::NoWeights { dir: dir.display().to_string() });
+    }
+    Ok(BTreeMap::from([(name.to_owned(), None)]))
+}
+
+fn read_index(path: &Path) -> Result<Files, CheckpointError> {
+    let file = path.display().to_string();
+    let bad =
+        |field: &str, problem: String| CheckpointError::Index { file: file.clone(), field: field.into(), problem };
+    let text = std::fs::read(path).map_err(|source| CheckpointError::Read { file: file.clone(), source })?;
+    let index: Value = serde_json::from_slice(&text).map_err(|e| bad("(whole file)", format!("not JSON: {e}")))?;
+    let Some(map) = index.get("weight_map").and_then(Value::as_object) else {
+        return Err(bad("weight_map", "missing, or not an object of tensor name to file name".to_owned()));
+    };
+    let mut files = Files::new();
+    for (name, shard) in map {
+        let plain = shard.as_str().filter(|s| !s.is_empty() && !s.contains(['/', '\\', '\0']) && !s.starts_with('.'));
+        let Some(shard) = plain else {
+            return Err(bad(name, format!("{shard} is not a plain file name")));
+        };
+        files
+            .entry(shard.to_owned())
+            .or_insert_with(|| Some(BTreeSet::new()))
+            .get_or_insert_default()
+            .insert(name.clone());
+    }
+    let dir = path.parent().unwrap_or(Path::new("."));
+    for (shard, listed) in &files {
+        if !dir.join(shard).is_file() {
+            let first = listed.iter().flatten().next().map_or("", String::as_str);
+            return Err(bad(first, format!("names {shard}, which is not in {}", dir.display())));
+        }
+    }
+    if files.is_empty() {
+        return Err(bad("weight_map", "is empty".to_owned()));
+    }
+    Ok(files)
+}
+
+#[allow(unsafe_code)]
+fn map_file(path: &Path) -> Result<Storage, CheckpointError> {
+    let read_error = |source| CheckpointError::Read { file: path.display().to_string(), source };
+    let file = File::open(path).map_err(read_error)?;
+    // SAFETY: the map is read only. Nobody must change the file while we run; that is the contract of a checkpoint
+    // directory, documented in the README, and the reason why `LoadMode::Read` exists.
+    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(read_error)?;
+    Ok(Storage::Mapped(map))
+}
+
+fn read_file(path: &Path, progress: &(dyn Fn(u64) + Sync)) -> Result<Storage, CheckpointError> {
+    let read_error = |source| CheckpointError::Read { file: path.display().to_string(), source };
+    let file = File::open(path).map_err(read_error)?;
+    let len = file.metadata().map_err(read_error)?.len() as usize;
+    let mut storage = Storage::zeroed(len);
+    if let Storage::Owned(words, len) = &mut storage {
+        let bytes = &mut bytemuck::cast_slice_mut::<u64, u8>(words)[..*len];
+        let parts = bytes.chunks_mut(READ_CHUNK_BYTES).enumerate();
+        let read = |(i, part): (usize, &mut [u8])| file.read_exact_at(part, (i * READ_CHUNK_BYTES) as u64);
+        // Network disks answer many requests at once; more threads than cores keep them busy.
+        each_part(parts, 8, read, &|done| progress(done.min(*len as u64))).map_err(read_error)?;
+    }
+    Ok(storage)
+}
+
+/// Run `work` on every part with several threads; `progress` gets an upper bound of the bytes done.
+fn each_part<P: Send, E: Send>(
+    parts: impl Iterator<Item = P> + Send,
+    num_threads: usize,
+    work: impl Fn(P) -> Result<(), E> + Sync,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<(), E> {
+    let parts = std::sync::Mutex::new((parts, 0u64));
+    let next = || {
+        let mut guard = parts.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        guard.1 += READ_CHUNK_BYTES as u64;
+        guard.0.next().map(|part| (part, guard.1))
+    };
+    let run = || {
+        while let Some((part, done)) = next() {
+            work(part)?;
+            progress(done);
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (1..num_threads).map(|_| scope.spawn(run)).collect();
+        let mut result = run();
+        for thread in threads {
+            let other = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            result = result.and(other);
+        }
+        result
+    })
+}
