@@ -5,6 +5,7 @@ mod config;
 mod ids;
 mod kv_cache;
 mod model;
+pub mod tokenizer;
 
 pub use batch::Batch;
 pub use config::{Architecture, ConfigError, MlpConfig, ModelConfig, MoeConfig, NormPlacement, RopeConfig};
