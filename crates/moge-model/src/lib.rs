@@ -7,6 +7,7 @@ mod config;
 mod ids;
 mod kv_cache;
 mod model;
+pub mod synth;
 pub mod tokenizer;
 mod weights;
 
