@@ -7,6 +7,7 @@ mod config;
 mod ids;
 mod kv_cache;
 mod model;
+mod non_finite;
 pub mod synth;
 pub mod tokenizer;
 mod weights;
@@ -19,6 +20,7 @@ pub use ids::{ExpertId, TokenId};
 pub use kv_cache::KvCache;
 pub use model::{Model, Workspace};
 pub use moge_kernels::{ActivationType, BlockId, Cpu, SequenceRows};
+pub use non_finite::{NonFinite, count_non_finite};
 pub use weights::{TensorSpec, Weight, expected_tensors, tensor_problems};
 
 /// Tokens that one block of the KV cache holds.

@@ -16,11 +16,13 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Synth(cmd::synth::SynthArgs),
+    Inspect(cmd::inspect::InspectArgs),
+    Synth(Box<cmd::synth::SynthArgs>),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Inspect(args) => cmd::inspect::run(&args),
         Command::Synth(args) => cmd::synth::run(&args),
     };
     match result {

@@ -115,8 +115,8 @@ impl SynthConfig {
     /// As [`SynthConfig::model_config`].
     pub fn weight_bytes(&self) -> Result<u64, SynthError> {
         let tensors = expected_tensors(&self.model_config()?);
-        let num_elements: u64 = tensors.iter().map(TensorSpec::num_elements).sum();
-        Ok(num_elements * self.dtype.size_bytes() as u64)
+        let num_elements = tensors.iter().map(TensorSpec::num_elements).fold(0, u64::saturating_add);
+        Ok(num_elements.saturating_mul(self.dtype.size_bytes() as u64))
     }
 
     fn config_json(&self) -> Result<String, SynthError> {

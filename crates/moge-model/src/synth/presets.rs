@@ -30,7 +30,7 @@ pub const PRESETS: &[Preset] = &[
     },
     Preset {
         name: "pangu-pro-moe-4l",
-        about: "12 GB: 4 layers of Pangu Pro MoE at full width, vocabulary 32000",
+        about: "12 GB: 4 layers at full width, vocabulary 32000",
         config: pangu_pro_moe(Common::new([4, 5120, 40, 8, 128], 32_000, 131_072), [64, 8, 8, 1344, 5376]),
     },
     Preset {
