@@ -53,16 +53,22 @@ impl Sampler {
         self.scores.extend(logits.iter().copied().map(clean_logit));
         self.counts.resize(logits.len(), 0);
         self.adjust(params, history);
-        let scores = || candidates(self.scores.iter().copied());
-        let best = scores().max().ok_or(NoFiniteLogit)?;
+        let best = candidates(self.scores.iter().copied()).max().ok_or(NoFiniteLogit)?;
         if params.temperature == 0.0 {
             return Ok(best.token);
         }
+        let kept = self.keep(params, best);
+        let position = history.prompt.len() + history.output.len();
+        Ok(draw(&kept, uniform(params.seed, position as u64)).unwrap_or(best.token))
+    }
+
+    /// The tokens that may be drawn, with probabilities up to a common factor that makes it 1 for `best`.
+    fn keep(&self, params: &SamplingParams, best: Candidate) -> Vec<Candidate> {
+        let possible = candidates(self.scores.iter().copied());
         let mut kept: Vec<Candidate> = match params.top_k {
-            Some(k) if k > 0 => most_likely(scores(), k),
-            _ => scores().collect(),
+            Some(k) if k > 0 => most_likely(possible, k),
+            _ => possible.collect(),
         };
-        // Softmax with temperature; from here on a score is a probability up to a common factor, 1 for the best.
         for candidate in &mut kept {
             candidate.score = ((candidate.score - best.score) / params.temperature).exp();
         }
@@ -70,8 +76,7 @@ impl Sampler {
             kept = keep_top_p(kept, params.top_p);
         }
         kept.retain(|candidate| candidate.score >= params.min_p);
-        let position = history.prompt.len() + history.output.len();
-        Ok(draw(&kept, uniform(params.seed, position as u64)).unwrap_or(best.token))
+        kept
     }
 
     /// Apply bias, penalties and bans to `scores`.

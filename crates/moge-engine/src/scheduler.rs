@@ -307,3 +307,6 @@ impl Step {
         self.sequences.push(ScheduledSequence { id: sequence.id, num_logit_rows, samples });
     }
 }
+
+#[cfg(test)]
+mod tests;
