@@ -1,6 +1,8 @@
 //! The loop: schedule, forward, sample, postprocess.
 
-use moge_model::{ActivationType, Cpu, KvCache, Model, TokenId, Workspace};
+use std::sync::Arc;
+
+use moge_model::{ActivationType, Cpu, KvCache, Model, TokenId, Tokenizer, Workspace};
 
 use crate::logprobs::row_logprobs;
 use crate::sampler::Sampler;
@@ -24,7 +26,6 @@ pub struct EngineConfig {
 }
 
 /// A model, its KV cache, and the requests it works on.
-#[derive(Debug)]
 pub struct Engine {
     model: Model,
     cpu: Cpu,
@@ -35,11 +36,11 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Allocate KV cache and workspace for `model`.
+    /// Allocate KV cache and workspace for `model`. Without a tokenizer all text is empty and stop strings are refused.
     ///
     /// # Panics
     /// If `max_batched_tokens` or `max_running` is 0.
-    pub fn new(model: Model, cpu: Cpu, config: EngineConfig) -> Engine {
+    pub fn new(model: Model, cpu: Cpu, tokenizer: Option<Arc<Tokenizer>>, config: EngineConfig) -> Engine {
         let scheduler_config = SchedulerConfig {
             vocab_size: model.config().vocab_size,
             max_sequence_tokens: model.config().max_position_embeddings,
@@ -53,7 +54,7 @@ impl Engine {
         Engine {
             kv_cache: KvCache::new(model.config(), config.activation, config.num_blocks),
             workspace: Workspace::new(model.config(), config.activation, config.max_batched_tokens, max_logit_rows),
-            scheduler: Scheduler::new(scheduler_config),
+            scheduler: Scheduler::new(scheduler_config, tokenizer),
             sampler: Sampler::default(),
             model,
             cpu,

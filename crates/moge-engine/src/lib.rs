@@ -13,6 +13,7 @@ mod sampler;
 mod sampling_params;
 mod scheduler;
 mod sequence;
+mod text;
 
 pub use block_manager::BlockManager;
 pub use engine::{Engine, EngineConfig};

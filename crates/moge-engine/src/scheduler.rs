@@ -6,11 +6,13 @@
 //! large `max_tokens` holds blocks it may not use.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
-use moge_model::{BLOCK_SIZE, Batch, BlockId, SequenceRows, TokenId};
+use moge_model::{BLOCK_SIZE, Batch, BlockId, SequenceRows, TokenId, Tokenizer};
 
 use crate::sequence::Sequence;
-use crate::{AdmitError, BlockManager, FinishReason, Request, SeqId, SequenceOutput, SequenceResult};
+use crate::text::TextStream;
+use crate::{AdmitError, BlockManager, Request, SeqId, SequenceOutput, SequenceResult};
 
 /// Rows of a step that may want logits for `prompt_logprobs`, over all sequences. With a vocabulary of 153 376 their
 /// logits take 39 MB, little beside the weights, while 64 rows still read each weight once per 64 tokens.
@@ -64,9 +66,9 @@ pub struct ScheduledSequence {
 }
 
 /// Waiting and running sequences, and the blocks that the running ones hold.
-#[derive(Debug)]
 pub struct Scheduler {
     config: SchedulerConfig,
+    tokenizer: Option<Arc<Tokenizer>>,
     next_id: SeqId,
     waiting: VecDeque<Sequence>,
     /// In order of arrival, so by ascending id.
@@ -81,17 +83,17 @@ struct Budget {
 }
 
 impl Scheduler {
-    /// A scheduler without requests.
+    /// A scheduler without requests. Without a tokenizer all text is empty.
     ///
     /// # Panics
     /// If `max_batched_tokens` or `max_running` is 0, so that nothing would ever run, or if the numbers of rows or
     /// blocks do not fit in 32 bits.
-    pub fn new(config: SchedulerConfig) -> Scheduler {
+    pub fn new(config: SchedulerConfig, tokenizer: Option<Arc<Tokenizer>>) -> Scheduler {
         assert!(config.max_batched_tokens > 0, "max_batched_tokens is 0");
         assert!(config.max_running > 0, "max_running is 0");
         assert!(u32::try_from(config.max_batched_tokens).is_ok(), "rows have 32 bits");
         let block_manager = BlockManager::new(config.num_blocks);
-        Scheduler { config, next_id: SeqId(0), waiting: VecDeque::new(), running: Vec::new(), block_manager }
+        Scheduler { config, tokenizer, next_id: SeqId(0), waiting: VecDeque::new(), running: Vec::new(), block_manager }
     }
 
     /// Queue a request.
@@ -101,6 +103,10 @@ impl Scheduler {
     pub fn add_request(&mut self, request: Request) -> Result<SeqId, AdmitError> {
         let Request { prompt, sampling } = request;
         sampling.validate(self.config.vocab_size)?;
+        if self.tokenizer.is_none() && !sampling.stop.is_empty() {
+            let (value, allowed) = (format!("{:?}", sampling.stop), "empty, as the model has no tokenizer".to_owned());
+            return Err(AdmitError::InvalidParameter { field: "stop", value, allowed });
+        }
         self.check_prompt(&prompt)?;
         let max_tokens = self.max_tokens(prompt.len(), sampling.max_tokens)?;
         if self.waiting.len() >= self.config.max_waiting {
@@ -116,6 +122,7 @@ impl Scheduler {
             max_tokens,
             stop_token_ids: [&sampling.stop_token_ids, eos_token_ids].concat(),
             block_table: Vec::new(),
+            text: self.tokenizer.clone().map(|tokenizer| TextStream::new(tokenizer, &sampling.stop)),
             prompt_logprobs: vec![None],
             tokens: prompt,
             sampling,
@@ -161,21 +168,14 @@ impl Scheduler {
 
     /// End a sequence now and free its blocks. Returns its last output, `None` if it has ended before.
     pub fn cancel(&mut self, id: SeqId) -> Option<SequenceOutput> {
-        let sequence = if let Ok(index) = self.running.binary_search_by_key(&id, |s| s.id) {
+        let mut sequence = if let Ok(index) = self.running.binary_search_by_key(&id, |s| s.id) {
             self.running.remove(index)
         } else {
             let index = self.waiting.binary_search_by_key(&id, |s| s.id).ok()?;
             self.waiting.remove(index)?
         };
-        self.block_manager.free(sequence.block_table);
-        Some(SequenceOutput {
-            id,
-            num_prefilled_tokens: 0,
-            sampled: None,
-            text: String::new(),
-            finish_reason: Some(FinishReason::Cancelled),
-            prompt_logprobs: None,
-        })
+        self.block_manager.free(std::mem::take(&mut sequence.block_table));
+        Some(sequence.cancel())
     }
 
     /// True while a request waits or runs.

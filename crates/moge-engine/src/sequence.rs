@@ -5,7 +5,8 @@ use std::fmt;
 use moge_model::{BlockId, TokenId};
 
 use crate::sampler::History;
-use crate::{FinishReason, RowLogprobs, Sampled, SamplingParams, SequenceOutput, SequenceResult};
+use crate::text::TextStream;
+use crate::{FinishReason, NoFiniteLogit, RowLogprobs, Sampled, SamplingParams, SequenceOutput, SequenceResult};
 
 /// A sequence of one engine; never used twice, and later requests have greater ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -27,7 +28,6 @@ pub struct Request {
 }
 
 /// One token stream. It waits while it has no blocks, and runs once it has all that it can ever need.
-#[derive(Debug)]
 pub(crate) struct Sequence {
     pub(crate) id: SeqId,
     pub(crate) sampling: SamplingParams,
@@ -41,6 +41,8 @@ pub(crate) struct Sequence {
     /// Tokens that end the sequence: those of the request and, unless ignored, the model's.
     pub(crate) stop_token_ids: Vec<TokenId>,
     pub(crate) block_table: Vec<BlockId>,
+    /// `None` without a tokenizer; all text is empty then.
+    pub(crate) text: Option<TextStream>,
     /// Of the rows computed so far, if asked for.
     pub(crate) prompt_logprobs: Vec<Option<RowLogprobs>>,
 }
@@ -68,8 +70,7 @@ impl Sequence {
     /// What sampling the next token needs to know.
     pub(crate) fn history(&self) -> History<'_> {
         let (prompt, output) = self.tokens.split_at(self.num_prompt_tokens);
-        let may_stop = output.len() >= self.sampling.min_tokens;
-        History { prompt, output, banned: if may_stop { &[] } else { &self.stop_token_ids } }
+        History { prompt, output, banned: if self.may_stop() { &[] } else { &self.stop_token_ids } }
     }
 
     /// Take in the results of a step that computed `num_rows` tokens.
@@ -81,30 +82,64 @@ impl Sequence {
         let wants_prompt_logprobs = self.sampling.prompt_logprobs.is_some();
         let prompt_logprobs =
             (prompt_is_complete && wants_prompt_logprobs).then(|| std::mem::take(&mut self.prompt_logprobs));
-        let (sampled, finish_reason) = match result.sampled {
-            None => (None, None),
-            Some(Err(_)) => (None, Some(FinishReason::NoFiniteLogit)),
-            Some(Ok(sampled)) => {
-                let finish_reason = self.append(&sampled);
-                (Some(sampled), finish_reason)
-            }
-        };
-        SequenceOutput {
+        let mut output = SequenceOutput {
             id: self.id,
             num_prefilled_tokens,
-            sampled,
+            sampled: None,
             text: String::new(),
-            finish_reason,
+            finish_reason: None,
             prompt_logprobs,
+        };
+        match result.sampled {
+            None => {}
+            Some(Err(NoFiniteLogit)) => self.finish(FinishReason::NoFiniteLogit, &mut output),
+            Some(Ok(sampled)) => self.append(sampled, &mut output),
+        }
+        output
+    }
+
+    /// End the sequence before its time.
+    pub(crate) fn cancel(mut self) -> SequenceOutput {
+        let mut output = SequenceOutput {
+            id: self.id,
+            num_prefilled_tokens: 0,
+            sampled: None,
+            text: String::new(),
+            finish_reason: None,
+            prompt_logprobs: None,
+        };
+        self.finish(FinishReason::Cancelled, &mut output);
+        output
+    }
+
+    fn append(&mut self, sampled: Sampled, output: &mut SequenceOutput) {
+        let token = sampled.token;
+        output.sampled = Some(sampled);
+        let may_stop = self.may_stop();
+        self.tokens.push(token);
+        if may_stop && self.stop_token_ids.contains(&token) {
+            return self.finish(FinishReason::Stop, output);
+        }
+        if let Some(text) = &mut self.text {
+            output.text = text.push(token, may_stop);
+            if text.hit_stop_string() {
+                return self.finish(FinishReason::Stop, output);
+            }
+        }
+        if self.tokens.len() == self.max_total_tokens() {
+            self.finish(FinishReason::Length, output);
         }
     }
 
-    fn append(&mut self, sampled: &Sampled) -> Option<FinishReason> {
-        let may_stop = self.tokens.len() - self.num_prompt_tokens >= self.sampling.min_tokens;
-        self.tokens.push(sampled.token);
-        if may_stop && self.stop_token_ids.contains(&sampled.token) {
-            return Some(FinishReason::Stop);
+    fn finish(&mut self, finish_reason: FinishReason, output: &mut SequenceOutput) {
+        output.finish_reason = Some(finish_reason);
+        if let Some(text) = &mut self.text {
+            output.text += &text.finish();
         }
-        (self.tokens.len() == self.max_total_tokens()).then_some(FinishReason::Length)
+    }
+
+    /// True if the next token may end the sequence otherwise than by `max_tokens`.
+    fn may_stop(&self) -> bool {
+        self.tokens.len() - self.num_prompt_tokens >= self.sampling.min_tokens
     }
 }

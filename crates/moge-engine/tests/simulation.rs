@@ -78,7 +78,7 @@ impl Simulation {
             max_waiting: rng.range(1, 8),
             eos_token_ids: vec![EOS],
         };
-        let scheduler = Scheduler::new(config.clone());
+        let scheduler = Scheduler::new(config.clone(), None);
         let kv_cache = vec![[None; BLOCK_SIZE]; config.num_blocks];
         Simulation { rng, config, scheduler, clients: BTreeMap::new(), kv_cache, counts: Counts::default() }
     }

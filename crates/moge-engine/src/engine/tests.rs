@@ -51,15 +51,18 @@ struct Answer {
 
 /// Serve `requests`, each added before the step of the given number; the answers in the same order.
 fn serve(max_batched_tokens: usize, requests: &[(usize, Request)]) -> Vec<Answer> {
-    let mut scheduler = Scheduler::new(SchedulerConfig {
-        vocab_size: VOCAB_SIZE,
-        max_sequence_tokens: 10 * BLOCK_SIZE,
-        num_blocks: NUM_BLOCKS,
-        max_batched_tokens,
-        max_running: 21,
-        max_waiting: 30,
-        eos_token_ids: vec![EOS],
-    });
+    let mut scheduler = Scheduler::new(
+        SchedulerConfig {
+            vocab_size: VOCAB_SIZE,
+            max_sequence_tokens: 10 * BLOCK_SIZE,
+            num_blocks: NUM_BLOCKS,
+            max_batched_tokens,
+            max_running: 21,
+            max_waiting: 30,
+            eos_token_ids: vec![EOS],
+        },
+        None,
+    );
     let mut model = ToyModel { kv_cache: vec![TokenId(0); NUM_BLOCKS * BLOCK_SIZE] };
     let mut sampler = Sampler::default();
     let mut index_of = BTreeMap::new();
@@ -100,14 +103,14 @@ fn request(n: usize) -> Request {
         sampling: SamplingParams {
             max_tokens: Some(13 + n),
             temperature: 0.8,
-            top_k: (n % 2 == 0).then_some(8),
+            top_k: n.is_multiple_of(2).then_some(8),
             top_p: 0.95,
             frequency_penalty: 0.1,
             repetition_penalty: 1.1,
             seed: 1000 + n as u64,
             ignore_eos: true,
             logprobs: Some(3),
-            prompt_logprobs: (n % 3 == 0).then_some(2),
+            prompt_logprobs: n.is_multiple_of(3).then_some(2),
             ..SamplingParams::default()
         },
     }
@@ -170,15 +173,18 @@ fn no_stop_token_is_sampled_before_min_tokens_and_it_is_the_last_one_after() {
 
 #[test]
 fn a_row_without_a_possible_token_ends_its_own_sequence_only() {
-    let mut scheduler = Scheduler::new(SchedulerConfig {
-        vocab_size: 3,
-        max_sequence_tokens: 8,
-        num_blocks: 2,
-        max_batched_tokens: 5,
-        max_running: 4,
-        max_waiting: 6,
-        eos_token_ids: vec![],
-    });
+    let mut scheduler = Scheduler::new(
+        SchedulerConfig {
+            vocab_size: 3,
+            max_sequence_tokens: 8,
+            num_blocks: 2,
+            max_batched_tokens: 5,
+            max_running: 4,
+            max_waiting: 6,
+            eos_token_ids: vec![],
+        },
+        None,
+    );
     let [broken, sound] = [0, 1].map(|token| {
         let request = Request { prompt: vec![TokenId(token)], sampling: SamplingParams::default() };
         scheduler.add_request(request).unwrap()

@@ -1,5 +1,5 @@
 use super::*;
-use crate::{Sampled, SamplingParams};
+use crate::{FinishReason, Sampled, SamplingParams};
 
 const EOS: TokenId = TokenId(9);
 
@@ -34,7 +34,7 @@ fn step(scheduler: &mut Scheduler, token: u32) -> Vec<SequenceOutput> {
 
 #[test]
 fn a_bad_prompt_is_refused_by_name() {
-    let mut scheduler = Scheduler::new(config());
+    let mut scheduler = Scheduler::new(config(), None);
     assert_eq!(scheduler.add_request(request(0, 1)), Err(AdmitError::EmptyPrompt));
     let too_long = AdmitError::PromptTooLong { num_tokens: 160, max_tokens: 159 };
     assert_eq!(scheduler.add_request(request(160, 1)), Err(too_long));
@@ -47,7 +47,7 @@ fn a_bad_prompt_is_refused_by_name() {
 
 #[test]
 fn a_request_that_the_cache_can_never_hold_is_refused() {
-    let mut scheduler = Scheduler::new(SchedulerConfig { num_blocks: 2, ..config() });
+    let mut scheduler = Scheduler::new(SchedulerConfig { num_blocks: 2, ..config() }, None);
     let error = AdmitError::NeverFits { num_prompt_tokens: 60, max_tokens: 5, num_blocks: 3, max_blocks: 2 };
     assert_eq!(scheduler.add_request(request(60, 5)), Err(error));
     let mut open_end = request(64, 1);
@@ -59,7 +59,7 @@ fn a_request_that_the_cache_can_never_hold_is_refused() {
 
 #[test]
 fn huge_numbers_in_a_request_overflow_nothing() {
-    let mut scheduler = Scheduler::new(config());
+    let mut scheduler = Scheduler::new(config(), None);
     let mut huge = request(3, usize::MAX);
     huge.sampling.top_k = Some(usize::MAX);
     huge.sampling.min_tokens = usize::MAX;
@@ -70,7 +70,7 @@ fn huge_numbers_in_a_request_overflow_nothing() {
 
 #[test]
 fn the_queue_refuses_what_is_too_much() {
-    let mut scheduler = Scheduler::new(config());
+    let mut scheduler = Scheduler::new(config(), None);
     for _ in 0..3 {
         scheduler.add_request(request(2, 2)).unwrap();
     }
@@ -82,7 +82,7 @@ fn the_queue_refuses_what_is_too_much() {
 #[test]
 fn without_max_tokens_a_sequence_ends_with_the_context_or_the_cache() {
     for (num_blocks, max_total_tokens) in [(7, 5 * BLOCK_SIZE), (3, 3 * BLOCK_SIZE)] {
-        let mut scheduler = Scheduler::new(SchedulerConfig { num_blocks, ..config() });
+        let mut scheduler = Scheduler::new(SchedulerConfig { num_blocks, ..config() }, None);
         let mut open_end = request(10, 1);
         open_end.sampling.max_tokens = None;
         scheduler.add_request(open_end).unwrap();
@@ -100,7 +100,7 @@ fn without_max_tokens_a_sequence_ends_with_the_context_or_the_cache() {
 
 #[test]
 fn decodes_come_first_and_a_long_prompt_fills_the_rest() {
-    let mut scheduler = Scheduler::new(config());
+    let mut scheduler = Scheduler::new(config(), None);
     let long = scheduler.add_request(request(100, 3)).unwrap();
     let short = scheduler.add_request(request(5, 8)).unwrap();
     let first = step(&mut scheduler, 2);
@@ -119,7 +119,7 @@ fn decodes_come_first_and_a_long_prompt_fills_the_rest() {
 
 #[test]
 fn a_small_request_does_not_overtake_a_large_one() {
-    let mut scheduler = Scheduler::new(config());
+    let mut scheduler = Scheduler::new(config(), None);
     scheduler.add_request(request(30, 100)).unwrap();
     let large = scheduler.add_request(request(20, 100)).unwrap();
     let small = scheduler.add_request(request(2, 2)).unwrap();
@@ -132,7 +132,7 @@ fn a_small_request_does_not_overtake_a_large_one() {
 
 #[test]
 fn a_cancelled_sequence_is_gone_at_once_and_only_once() {
-    let mut scheduler = Scheduler::new(config());
+    let mut scheduler = Scheduler::new(config(), None);
     let running = scheduler.add_request(request(40, 100)).unwrap();
     step(&mut scheduler, 2);
     let waiting = scheduler.add_request(request(100, 30)).unwrap();
