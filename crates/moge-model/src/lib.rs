@@ -3,6 +3,7 @@
 mod batch;
 mod checkpoint;
 mod chat_template;
+mod checkpoint_writer;
 mod config;
 mod generation_config;
 mod ids;
@@ -14,6 +15,7 @@ mod weights;
 pub use batch::Batch;
 pub use checkpoint::{Checkpoint, CheckpointError, LoadMode, StoredTensor, TensorProblem};
 pub use chat_template::{ChatRequest, ChatTemplate, ChatTemplateError, Thinking, thinking_delimiters, thinking_tokens};
+pub use checkpoint_writer::{CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, PlannedTensor, WriteError};
 pub use config::{Architecture, ConfigError, MlpConfig, ModelConfig, MoeConfig, NormPlacement, RopeConfig};
 pub use generation_config::{GenerationDefaults, GenerationDefaultsError};
 pub use ids::{ExpertId, TokenId};
