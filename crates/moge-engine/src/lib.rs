@@ -1,1 +1,26 @@
-//! Requests over time.
+//! Requests over time: admission, scheduling, sampling. No async, no HTTP.
+//!
+//! One owner drives everything through `&mut`: [`Engine::step`] schedules a batch, runs the model, samples and
+//! hands out what is new. [`Scheduler`] is the part that needs no model; tests drive it with scripted tokens.
+
+mod block_manager;
+mod candidate;
+mod engine;
+mod error;
+mod logprobs;
+mod output;
+mod sampler;
+mod sampling_params;
+mod scheduler;
+mod sequence;
+mod text;
+
+pub use block_manager::BlockManager;
+pub use engine::{Engine, EngineConfig};
+pub use error::AdmitError;
+pub use logprobs::{RowLogprobs, TokenLogprob};
+pub use output::{FinishReason, Sampled, SequenceOutput, SequenceResult};
+pub use sampler::NoFiniteLogit;
+pub use sampling_params::{MAX_LOGPROBS, SamplingParams};
+pub use scheduler::{ScheduledSequence, Scheduler, SchedulerConfig, Step};
+pub use sequence::{Request, SeqId};

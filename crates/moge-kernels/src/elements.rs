@@ -32,6 +32,15 @@ pub enum ActivationType {
     Bf16,
 }
 
+/// `x` rounded to bf16 (nearest, ties to even), as f32. NaN stays NaN; what is too large becomes infinite.
+#[inline(always)]
+pub fn round_to_bf16(x: f32) -> f32 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+    let quiet_nan = bits | 0x0040_0000;
+    f32::from_bits((if x.is_nan() { quiet_nan } else { rounded }) & 0xffff_0000)
+}
+
 /// Borrowed numbers of any stored type.
 #[derive(Clone, Copy, Debug)]
 pub enum Elements<'a> {
@@ -120,5 +129,29 @@ impl<'a> Matrix<'a> {
     pub fn slice_rows(self, range: std::ops::Range<usize>) -> Matrix<'a> {
         let elements = self.elements.slice(range.start * self.cols..range.end * self.cols);
         Matrix { elements, rows: range.len(), cols: self.cols }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::{Elements, Matrix, round_to_bf16};
+    use half::bf16;
+
+    #[test]
+    fn rounding_to_bf16_agrees_with_the_half_crate_on_every_upper_half() {
+        for upper in 0..=u32::from(u16::MAX) {
+            for lower in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
+                let x = f32::from_bits(upper << 16 | lower);
+                assert_eq!(round_to_bf16(x).to_bits(), bf16::from_f32(x).to_f32().to_bits(), "{x:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_matrix_gives_a_run_of_its_rows() {
+        let numbers: Vec<f32> = (0..6).map(|i| i as f32).collect();
+        let matrix = Matrix::new(Elements::F32(&numbers), 3, 2).slice_rows(1..3);
+        assert_eq!((matrix.rows(), matrix.cols()), (2, 2));
+        assert!(matches!(matrix.elements(), Elements::F32([2.0, 3.0, 4.0, 5.0])));
     }
 }

@@ -3,13 +3,37 @@
 //! Invariants: no kernel allocates, does I/O or keeps global state; all scratch memory comes from the
 //! caller. Each output element is reduced in one fixed order that depends on the format and the
 //! [`Isa`], never on the number of rows, the number of threads or the place in a batch.
+//!
+//! A kernel is one generic body, compiled for every [`Isa`] (see `simd`), and a checked function that spreads it
+//! over the threads of a [`Cpu`]. Wrong lengths are bugs of the caller and panic; numbers never do, NaN included.
+
+#![allow(unsafe_code)]
+#![allow(clippy::needless_range_loop)] // Loops over registers read better with their indices.
 
 mod attention;
+mod combine;
 mod cpu;
 mod elements;
+mod embedding;
+mod exp;
+mod gemm;
+mod isa;
+mod norm;
+mod pool;
 mod rope;
+mod simd;
+mod softmax;
+mod swiglu;
+#[cfg(all(test, not(loom)))]
+mod testing;
 
-pub use attention::{BlockId, SequenceRows};
-pub use cpu::Cpu;
-pub use elements::{ActivationType, Dtype, Elements, Matrix};
-pub use rope::RopeLayout;
+pub use attention::{AttentionLimits, AttentionScratch, BlockId, PagedKv, SequenceRows, paged_attention};
+pub use combine::combine;
+pub use cpu::{Cpu, available_threads};
+pub use elements::{ActivationType, Dtype, Elements, Matrix, round_to_bf16};
+pub use embedding::embed;
+pub use gemm::{GroupedRows, gemm, grouped_gemm, grouped_swiglu};
+pub use isa::Isa;
+pub use norm::{add, rms_norm, rms_norm_in_place, round_activations};
+pub use rope::{RopeAngles, RopeHead, RopeLayout, rope, rope_angles, rope_inverse_frequencies};
+pub use softmax::softmax;

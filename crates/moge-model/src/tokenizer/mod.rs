@@ -1,3 +1,325 @@
 //! Text to token ids and back.
+//!
+//! A checkpoint ships either `tokenizer.json` (byte-level BPE: Qwen3, GLM-4) or `tokenizer.model` (SentencePiece:
+//! Pangu). Beside a SentencePiece model the JSON files name the special tokens: text is split at those first and
+//! each run between them goes to the model by itself; decoding treats runs of ordinary pieces the same way and
+//! writes special tokens as they stand.
 
+mod byte_level;
+mod detokenizer;
+pub(crate) mod files;
 pub mod sentencepiece;
+mod special_tokens;
+mod stop_strings;
+
+use std::path::Path;
+
+use thiserror::Error;
+
+pub use detokenizer::Detokenizer;
+pub use sentencepiece::SentencePieceError;
+pub use stop_strings::StopStrings;
+
+use crate::{GenerationDefaults, TokenId};
+use byte_level::ByteLevelBpe;
+use detokenizer::{InvalidUtf8, decode_utf8};
+use files::{AddedToken, TokenizerFiles, field_error, read_optional};
+use sentencepiece::{SentencePiece, TextStart};
+use special_tokens::{Segment, SpecialTokens};
+
+/// Ids of added tokens above this are taken for damage.
+const MAX_ADDED_ID: u32 = 1 << 24;
+
+/// Whether the tokens that every prompt starts with are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prefix {
+    /// Put them first, unless the ids already begin with them.
+    Add,
+    /// Leave the text's ids alone.
+    Omit,
+}
+
+/// Why a tokenizer cannot be loaded or used.
+#[derive(Debug, Error)]
+pub enum TokenizerError {
+    /// The directory holds no tokenizer.
+    #[error("{dir}: there is neither tokenizer.json nor tokenizer.model")]
+    Missing {
+        /// The directory.
+        dir: String,
+    },
+    /// A file cannot be read.
+    #[error("{file}: {source}")]
+    Read {
+        /// The file's path.
+        file: String,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// A file is not what its name says.
+    #[error("{file}: {problem}")]
+    Invalid {
+        /// The file's path.
+        file: String,
+        /// What was found.
+        problem: String,
+    },
+    /// A field is wrong, or asks for something that is not implemented.
+    #[error("{file}: {field}: {problem}")]
+    Field {
+        /// The file's path.
+        file: String,
+        /// The field's name.
+        field: String,
+        /// What was found and what is allowed.
+        problem: String,
+    },
+    /// `tokenizer.model` is refused.
+    #[error(transparent)]
+    SentencePiece(#[from] SentencePieceError),
+    /// The tokenizer has tokens that the model has no embedding for.
+    #[error("{file}: token {piece:?} has id {id}; allowed: below the model's vocab_size {vocab_size}", id = id.0)]
+    DoesNotFit {
+        /// The tokenizer's file.
+        file: String,
+        /// The first token that does not fit.
+        id: TokenId,
+        /// Its text in the vocabulary.
+        piece: String,
+        /// Entries of the model's vocabulary.
+        vocab_size: usize,
+    },
+    /// The tokenizer gives up on a text.
+    #[error("{file}: the text cannot be encoded: {problem}")]
+    Encode {
+        /// The tokenizer's file.
+        file: String,
+        /// What it says.
+        problem: String,
+    },
+}
+
+/// A checkpoint's tokenizer.
+pub struct Tokenizer {
+    /// The path that messages name.
+    file: String,
+    vocabulary: Vocabulary,
+    prefix: Vec<TokenId>,
+    bos_id: Option<TokenId>,
+    eos_id: Option<TokenId>,
+}
+
+enum Vocabulary {
+    ByteLevel(Box<ByteLevelBpe>),
+    SentencePiece { model: SentencePiece, special: SpecialTokens },
+}
+
+impl Tokenizer {
+    /// Read `tokenizer.json`, or else `tokenizer.model`, and the JSON files beside it.
+    ///
+    /// # Errors
+    /// If neither is there, or one of the files is damaged or asks for something that is not implemented.
+    pub fn load(dir: &Path) -> Result<Self, TokenizerError> {
+        let files = TokenizerFiles::load(dir)?;
+        let json = dir.join("tokenizer.json");
+        if let Some(bytes) = read_optional(&json)? {
+            return Self::from_json(&bytes, &json.display().to_string(), &files);
+        }
+        let model = dir.join("tokenizer.model");
+        if let Some(bytes) = read_optional(&model)? {
+            return Self::from_sentencepiece(&bytes, &model.display().to_string(), &files);
+        }
+        Err(TokenizerError::Missing { dir: dir.display().to_string() })
+    }
+
+    fn from_json(bytes: &[u8], file: &str, files: &TokenizerFiles) -> Result<Self, TokenizerError> {
+        let bpe = ByteLevelBpe::from_bytes(bytes, file)?;
+        let id_of = |field| named_id(files, field, |text| bpe.id_of(text));
+        let (bos_id, eos_id) = (id_of("bos_token")?, id_of("eos_token")?);
+        let prefix = bpe.prefix().to_vec();
+        Ok(Self { file: file.to_owned(), vocabulary: Vocabulary::ByteLevel(Box::new(bpe)), prefix, bos_id, eos_id })
+    }
+
+    fn from_sentencepiece(bytes: &[u8], file: &str, files: &TokenizerFiles) -> Result<Self, TokenizerError> {
+        let model = SentencePiece::from_bytes(bytes, file)?;
+        let added = resolve_added_tokens(&model, files)?;
+        let special = SpecialTokens::new(added);
+        let id_of = |field| named_id(files, field, |text| special.id_of(text));
+        let bos_id = id_of("bos_token")?.or(model.bos_id());
+        let eos_id = id_of("eos_token")?.or(model.eos_id());
+        if files.add_eos_token {
+            let problem = "true is not supported: a prompt that ends here cannot be continued; allowed: false";
+            return Err(field_error(&files.file, "add_eos_token", problem.into()));
+        }
+        let prefix = match (files.add_bos_token, bos_id) {
+            (Some(false), _) | (None, None) => Vec::new(),
+            (_, Some(bos)) => vec![bos],
+            (Some(true), None) => {
+                let problem = "true, but neither bos_token nor tokenizer.model names a BOS token".into();
+                return Err(field_error(&files.file, "add_bos_token", problem));
+            }
+        };
+        let vocabulary = Vocabulary::SentencePiece { model, special };
+        Ok(Self { file: file.to_owned(), vocabulary, prefix, bos_id, eos_id })
+    }
+
+    /// Token ids of a text. Special tokens are recognised in it wherever they stand.
+    ///
+    /// # Errors
+    /// If a `tokenizer.json` cannot express the text (it lacks the token for a byte).
+    pub fn encode(&self, text: &str, prefix: Prefix) -> Result<Vec<TokenId>, TokenizerError> {
+        let mut ids = match &self.vocabulary {
+            Vocabulary::ByteLevel(bpe) => bpe.encode(text)?,
+            Vocabulary::SentencePiece { model, special } => {
+                let mut ids = Vec::new();
+                for segment in special.split(text) {
+                    match segment {
+                        Segment::Text(run) => ids.extend(model.encode(run)),
+                        Segment::Special(id) => ids.push(id),
+                    }
+                }
+                ids
+            }
+        };
+        if prefix == Prefix::Add && !ids.starts_with(&self.prefix) {
+            ids.splice(0..0, self.prefix.iter().copied());
+        }
+        Ok(ids)
+    }
+
+    /// Tokens that every prompt starts with: BOS for Pangu, `[gMASK]<sop>` for GLM-4, none for Qwen3.
+    pub fn prefix(&self) -> &[TokenId] {
+        &self.prefix
+    }
+
+    /// Text of token ids. Special tokens are written as they stand, ids without a token as nothing, and bytes that
+    /// are no UTF-8 as U+FFFD.
+    pub fn decode(&self, ids: &[TokenId]) -> String {
+        let (mut bytes, mut run) = (Vec::new(), Run::default());
+        for &id in ids {
+            self.append_bytes(id, &mut run, &mut bytes);
+        }
+        let mut text = String::new();
+        decode_utf8(&mut bytes, self.invalid_utf8(), &mut text);
+        self.invalid_utf8().replace(bytes.len(), &mut text);
+        text
+    }
+
+    /// A token as the vocabulary spells it (`▁word`, `Ġword`, `<0x0A>`); empty if there is no such id.
+    pub fn piece(&self, id: TokenId) -> String {
+        match &self.vocabulary {
+            Vocabulary::ByteLevel(bpe) => bpe.piece(id).unwrap_or_default(),
+            Vocabulary::SentencePiece { model, special } => {
+                special.text(id).or_else(|| model.piece(id)).unwrap_or_default().to_owned()
+            }
+        }
+    }
+
+    /// The id of a token as the vocabulary spells it.
+    pub fn id_of(&self, piece: &str) -> Option<TokenId> {
+        match &self.vocabulary {
+            Vocabulary::ByteLevel(bpe) => bpe.id_of(piece),
+            Vocabulary::SentencePiece { model, special } => special.id_of(piece).or_else(|| model.id_of(piece)),
+        }
+    }
+
+    /// One more than the largest id, special tokens included.
+    pub fn vocab_size(&self) -> usize {
+        match &self.vocabulary {
+            Vocabulary::ByteLevel(bpe) => bpe.vocab_size(),
+            Vocabulary::SentencePiece { model, special } => {
+                let beyond = special.ids().map(|id| id.0 as usize + 1).max().unwrap_or(0);
+                beyond.max(model.vocab_size())
+            }
+        }
+    }
+
+    /// The token that the files name as beginning of a sequence.
+    pub fn bos_id(&self) -> Option<TokenId> {
+        self.bos_id
+    }
+
+    /// Tokens that end a sequence: those of `config.json` (`ModelConfig::eos_token_ids`), of
+    /// `generation_config.json` and of the tokenizer's files, each once.
+    pub fn eos_token_ids(&self, config: &[u32], generation: &GenerationDefaults) -> Vec<TokenId> {
+        let mut ids = Vec::new();
+        let generation = generation.eos_token_ids.iter().copied();
+        for id in config.iter().copied().map(TokenId).chain(generation).chain(self.eos_id) {
+            if !ids.contains(&id) {
+                ids.push(id);
+            }
+        }
+        ids
+    }
+
+    /// Check that the model has an embedding for every token. A model with more embeddings than tokens is fine:
+    /// many are padded, and what has no token decodes to nothing.
+    ///
+    /// # Errors
+    /// [`TokenizerError::DoesNotFit`], naming the first token beyond the model's vocabulary.
+    pub fn check_vocab(&self, vocab_size: usize) -> Result<(), TokenizerError> {
+        let ids = vocab_size..self.vocab_size();
+        let first = ids.filter_map(|id| u32::try_from(id).ok().map(TokenId)).find(|&id| !self.piece(id).is_empty());
+        match first {
+            None => Ok(()),
+            Some(id) => {
+                let piece = self.piece(id);
+                Err(TokenizerError::DoesNotFit { file: self.file.clone(), id, piece, vocab_size })
+            }
+        }
+    }
+
+    /// Append the bytes of one token to those before it.
+    fn append_bytes(&self, id: TokenId, run: &mut Run, bytes: &mut Vec<u8>) {
+        match &self.vocabulary {
+            Vocabulary::ByteLevel(bpe) => bytes.extend(bpe.token_bytes(id)),
+            Vocabulary::SentencePiece { model, special } => match special.text(id) {
+                Some(text) => {
+                    bytes.extend(text.as_bytes());
+                    *run = None;
+                }
+                None => model.push_token(id, run.get_or_insert_with(|| model.text_start()), bytes),
+            },
+        }
+    }
+
+    /// How many U+FFFD stand for broken UTF-8: the two libraries differ, and so must we.
+    fn invalid_utf8(&self) -> InvalidUtf8 {
+        match self.vocabulary {
+            Vocabulary::ByteLevel(_) => InvalidUtf8::OnePerSequence,
+            Vocabulary::SentencePiece { .. } => InvalidUtf8::OnePerByte,
+        }
+    }
+}
+
+/// Where a decode stands in a run of ordinary SentencePiece pieces; `None` between runs.
+type Run = Option<TextStart>;
+
+/// Give every listed special token the id that its file or else the model states.
+fn resolve_added_tokens(model: &SentencePiece, files: &TokenizerFiles) -> Result<Vec<AddedToken>, TokenizerError> {
+    let mut added = files.added.clone();
+    for token in &mut added {
+        token.id = token.id.or_else(|| model.id_of(&token.text));
+        if let Some(id) = token.id.filter(|id| id.0 > MAX_ADDED_ID) {
+            let problem = format!("id {}; allowed: at most {MAX_ADDED_ID}", id.0);
+            return Err(field_error(&files.file, &format!("added token {:?}", token.text), problem));
+        }
+    }
+    Ok(added)
+}
+
+/// The id of the token that a field such as `eos_token` names, if it is stated.
+fn named_id(
+    files: &TokenizerFiles,
+    field: &str,
+    id_of: impl Fn(&str) -> Option<TokenId>,
+) -> Result<Option<TokenId>, TokenizerError> {
+    let Some(text) = files.named(field) else { return Ok(None) };
+    match id_of(text) {
+        Some(id) => Ok(Some(id)),
+        None => Err(field_error(&files.file, field, format!("the vocabulary has no token {text:?}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests;

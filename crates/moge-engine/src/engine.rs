@@ -1,0 +1,130 @@
+//! The loop: schedule, forward, sample, postprocess.
+
+use std::sync::Arc;
+
+use moge_model::{ActivationType, Cpu, KvCache, Model, TokenId, Tokenizer, Workspace};
+
+use crate::logprobs::row_logprobs;
+use crate::sampler::Sampler;
+use crate::{AdmitError, Request, Sampled, Scheduler, SchedulerConfig, SeqId, SequenceOutput, SequenceResult, Step};
+
+/// How much an engine takes on at a time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Precision of activations and KV cache.
+    pub activation: ActivationType,
+    /// Blocks of the KV cache, of [`moge_model::BLOCK_SIZE`] tokens each.
+    pub num_blocks: usize,
+    /// Rows of a step, at least 1. A longer prompt is computed in several steps.
+    pub max_batched_tokens: usize,
+    /// Sequences that run at the same time, at least 1.
+    pub max_running: usize,
+    /// Requests that wait to run.
+    pub max_waiting: usize,
+    /// Tokens that end a sequence: the union of what config, generation config and tokenizer name.
+    pub eos_token_ids: Vec<TokenId>,
+}
+
+/// A model, its KV cache, and the requests it works on.
+pub struct Engine {
+    model: Model,
+    cpu: Cpu,
+    kv_cache: KvCache,
+    workspace: Workspace,
+    scheduler: Scheduler,
+    sampler: Sampler,
+}
+
+impl Engine {
+    /// Allocate KV cache and workspace for `model`. Without a tokenizer all text is empty and stop strings are refused.
+    ///
+    /// # Panics
+    /// If `max_batched_tokens` or `max_running` is 0.
+    pub fn new(model: Model, cpu: Cpu, tokenizer: Option<Arc<Tokenizer>>, config: EngineConfig) -> Engine {
+        let scheduler_config = SchedulerConfig {
+            vocab_size: model.config().vocab_size,
+            max_sequence_tokens: model.config().max_position_embeddings,
+            num_blocks: config.num_blocks,
+            max_batched_tokens: config.max_batched_tokens,
+            max_running: config.max_running,
+            max_waiting: config.max_waiting,
+            eos_token_ids: config.eos_token_ids,
+        };
+        let max_logit_rows = scheduler_config.max_logit_rows();
+        Engine {
+            kv_cache: KvCache::new(model.config(), config.activation, config.num_blocks),
+            workspace: Workspace::new(model.config(), config.activation, config.max_batched_tokens, max_logit_rows),
+            scheduler: Scheduler::new(scheduler_config, tokenizer),
+            sampler: Sampler::default(),
+            model,
+            cpu,
+        }
+    }
+
+    /// Queue a request; [`Engine::step`] works on it.
+    ///
+    /// # Errors
+    /// [`AdmitError`] if it is invalid, could never run, or the queue is full.
+    pub fn add_request(&mut self, request: Request) -> Result<SeqId, AdmitError> {
+        self.scheduler.add_request(request)
+    }
+
+    /// Compute one batch and tell what is new, one entry for each sequence that had a part in it. Empty if there is
+    /// nothing to do.
+    pub fn step(&mut self) -> Vec<SequenceOutput> {
+        let Some(step) = self.scheduler.schedule() else { return Vec::new() };
+        self.model.forward(&self.cpu, &step.batch, &mut self.kv_cache, &mut self.workspace);
+        let results = sample(&mut self.sampler, &self.scheduler, &step, self.workspace.logits());
+        self.scheduler.postprocess(&step, results)
+    }
+
+    /// End a sequence now and free its blocks. Returns its last output, `None` if it has ended before.
+    pub fn cancel(&mut self, id: SeqId) -> Option<SequenceOutput> {
+        self.scheduler.cancel(id)
+    }
+
+    /// True while a request waits or runs.
+    pub fn has_unfinished(&self) -> bool {
+        self.scheduler.has_unfinished()
+    }
+
+    /// Blocks of the KV cache that no sequence holds.
+    pub fn num_free_blocks(&self) -> usize {
+        self.scheduler.num_free_blocks()
+    }
+
+    /// The model it runs.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+}
+
+/// Turn the logits of `step`, `[num_logit_rows, vocab_size]`, into log-probabilities of prompt tokens and new tokens.
+fn sample(sampler: &mut Sampler, scheduler: &Scheduler, step: &Step, logits: &[f32]) -> Vec<SequenceResult> {
+    let mut logits = logits.chunks_exact(scheduler.vocab_size());
+    let scheduled = step.sequences.iter().zip(&step.batch.sequences);
+    scheduled
+        .map(|(scheduled, rows)| {
+            let sequence = scheduler.running(scheduled.id);
+            // The logits of a prompt token's row belong to the token after it.
+            let following = sequence.tokens[rows.first_position + 1..].iter();
+            let num_prompt_rows = scheduled.num_logit_rows - usize::from(scheduled.samples);
+            let num_alternatives = sequence.sampling.prompt_logprobs.unwrap_or(0);
+            let prompt_logprobs = logits
+                .by_ref()
+                .take(num_prompt_rows)
+                .zip(following)
+                .map(|(row, &token)| row_logprobs(row, token, num_alternatives))
+                .collect();
+            let sampled = scheduled.samples.then(|| logits.next()).flatten().map(|row| {
+                let token = sampler.sample(row, &sequence.sampling, &sequence.history())?;
+                let logprobs = sequence.sampling.logprobs.map(|n| row_logprobs(row, token, n));
+                Ok(Sampled { token, logprobs })
+            });
+            SequenceResult { prompt_logprobs, sampled }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

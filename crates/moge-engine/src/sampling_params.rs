@@ -1,0 +1,194 @@
+//! How to continue a prompt, in the fields of OpenAI's API and vLLM's extensions of it.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+
+use moge_model::TokenId;
+
+use crate::AdmitError;
+
+/// The most alternatives that log-probabilities may list: enough for every use we know, and a bound on what one
+/// request can make the engine hold.
+pub const MAX_LOGPROBS: usize = 128;
+
+/// How to continue a prompt. The default is greedy, without penalties, up to the context's end.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// Stop after this many tokens, at least 1; `None`: when the context or the KV cache is full. The engine reserves
+    /// KV cache for all of them, so a request without it may have to wait until it runs alone.
+    pub max_tokens: Option<usize>,
+    /// Sample no stop token and look for no stop string before this many tokens.
+    pub min_tokens: usize,
+    /// Divides the logits; 0 takes the most likely token, the lower id of equals.
+    pub temperature: f64,
+    /// Keep this many most likely tokens; `None` or 0 keeps all.
+    pub top_k: Option<usize>,
+    /// Keep the fewest most likely tokens whose probabilities add up to this; 1 keeps all. In `(0, 1]`.
+    pub top_p: f64,
+    /// Keep the tokens at least this probable relative to the most likely one; 0 keeps all. In `[0, 1]`.
+    pub min_p: f64,
+    /// Positive logits of tokens in prompt or output are divided by this, others multiplied; 1 is off. Above 0.
+    pub repetition_penalty: f64,
+    /// Subtracted from the logits of tokens in the output; 0 is off. In `[-2, 2]`.
+    pub presence_penalty: f64,
+    /// Subtracted for each time that a token is in the output; 0 is off. In `[-2, 2]`.
+    pub frequency_penalty: f64,
+    /// Added to the logits of these tokens. Each in `[-100, 100]`.
+    pub logit_bias: BTreeMap<TokenId, f64>,
+    /// The only source of randomness. Whoever wants answers that differ passes seeds that differ.
+    pub seed: u64,
+    /// Stop when the text contains one of these; the text ends before it.
+    pub stop: Vec<String>,
+    /// Stop at these tokens, in addition to the model's end-of-sequence tokens; the text ends before them.
+    pub stop_token_ids: Vec<TokenId>,
+    /// Treat the model's end-of-sequence tokens as any other token.
+    pub ignore_eos: bool,
+    /// Report each sampled token's log-probability and this many most likely alternatives.
+    pub logprobs: Option<usize>,
+    /// The same for the tokens of the prompt.
+    pub prompt_logprobs: Option<usize>,
+}
+
+impl Default for SamplingParams {
+    fn default() -> SamplingParams {
+        SamplingParams {
+            max_tokens: None,
+            min_tokens: 0,
+            temperature: 0.0,
+            top_k: None,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: BTreeMap::new(),
+            seed: 0,
+            stop: Vec::new(),
+            stop_token_ids: Vec::new(),
+            ignore_eos: false,
+            logprobs: None,
+            prompt_logprobs: None,
+        }
+    }
+}
+
+impl SamplingParams {
+    /// Check every field against its range.
+    ///
+    /// # Errors
+    /// [`AdmitError::InvalidParameter`] for the first field that is out of its range.
+    pub fn validate(&self, vocab_size: usize) -> Result<(), AdmitError> {
+        let max_tokens = self.max_tokens.unwrap_or(usize::MAX);
+        check("max_tokens", max_tokens, max_tokens >= 1, "at least 1")?;
+        check("min_tokens", self.min_tokens, self.min_tokens <= max_tokens, "at most max_tokens")?;
+        let temperature_is_allowed = self.temperature.is_finite() && self.temperature >= 0.0;
+        check("temperature", self.temperature, temperature_is_allowed, "finite and at least 0")?;
+        check("top_p", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0, "above 0 and at most 1")?;
+        check("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "from 0 to 1")?;
+        let penalty = self.repetition_penalty;
+        check("repetition_penalty", penalty, penalty.is_finite() && penalty > 0.0, "finite and above 0")?;
+        let penalties = -2.0..=2.0;
+        check("presence_penalty", self.presence_penalty, penalties.contains(&self.presence_penalty), "from -2 to 2")?;
+        check(
+            "frequency_penalty",
+            self.frequency_penalty,
+            penalties.contains(&self.frequency_penalty),
+            "from -2 to 2",
+        )?;
+        for (&token, &bias) in &self.logit_bias {
+            check_token("logit_bias", token, vocab_size)?;
+            check("logit_bias", bias, (-100.0..=100.0).contains(&bias), "from -100 to 100")?;
+        }
+        for &token in &self.stop_token_ids {
+            check_token("stop_token_ids", token, vocab_size)?;
+        }
+        check("stop", "an empty string", self.stop.iter().all(|stop| !stop.is_empty()), "not empty")?;
+        for (field, num_alternatives) in [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)] {
+            let num_alternatives = num_alternatives.unwrap_or(0);
+            check(field, num_alternatives, num_alternatives <= MAX_LOGPROBS, format_args!("at most {MAX_LOGPROBS}"))?;
+        }
+        Ok(())
+    }
+}
+
+fn check(field: &'static str, value: impl Display, is_allowed: bool, allowed: impl Display) -> Result<(), AdmitError> {
+    if is_allowed {
+        return Ok(());
+    }
+    Err(AdmitError::InvalidParameter { field, value: value.to_string(), allowed: allowed.to_string() })
+}
+
+fn check_token(field: &'static str, token: TokenId, vocab_size: usize) -> Result<(), AdmitError> {
+    let allowed = format_args!("below the vocabulary size {vocab_size}");
+    check(field, format_args!("token {}", token.0), (token.0 as usize) < vocab_size, allowed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The name of the field that `change` makes invalid for a vocabulary of 10.
+    fn refused_field(change: impl FnOnce(&mut SamplingParams)) -> &'static str {
+        let mut params = SamplingParams::default();
+        change(&mut params);
+        match params.validate(10) {
+            Err(AdmitError::InvalidParameter { field, .. }) => field,
+            other => panic!("{other:?} for {params:?}"),
+        }
+    }
+
+    #[test]
+    fn each_field_is_held_to_its_range_and_named() {
+        assert_eq!(refused_field(|p| p.max_tokens = Some(0)), "max_tokens");
+        assert_eq!(refused_field(|p| (p.max_tokens, p.min_tokens) = (Some(3), 4)), "min_tokens");
+        for bad in [-0.1, f64::INFINITY, f64::NAN] {
+            assert_eq!(refused_field(|p| p.temperature = bad), "temperature");
+        }
+        for bad in [0.0, -0.5, 1.01, f64::NAN] {
+            assert_eq!(refused_field(|p| p.top_p = bad), "top_p");
+        }
+        for bad in [-0.1, 1.1, f64::NAN] {
+            assert_eq!(refused_field(|p| p.min_p = bad), "min_p");
+        }
+        for bad in [0.0, -1.0, f64::INFINITY, f64::NAN] {
+            assert_eq!(refused_field(|p| p.repetition_penalty = bad), "repetition_penalty");
+        }
+        for bad in [-2.1, 2.1, f64::NAN] {
+            assert_eq!(refused_field(|p| p.presence_penalty = bad), "presence_penalty");
+            assert_eq!(refused_field(|p| p.frequency_penalty = bad), "frequency_penalty");
+        }
+        for (token, bias) in [(10, 0.0), (3, 100.5), (3, f64::NAN)] {
+            assert_eq!(refused_field(|p| _ = p.logit_bias.insert(TokenId(token), bias)), "logit_bias");
+        }
+        assert_eq!(refused_field(|p| p.stop_token_ids = vec![TokenId(9), TokenId(10)]), "stop_token_ids");
+        assert_eq!(refused_field(|p| p.stop = vec!["a".into(), String::new()]), "stop");
+        assert_eq!(refused_field(|p| p.logprobs = Some(129)), "logprobs");
+        assert_eq!(refused_field(|p| p.prompt_logprobs = Some(129)), "prompt_logprobs");
+    }
+
+    #[test]
+    fn the_ends_of_the_ranges_are_allowed() {
+        assert_eq!(SamplingParams::default().validate(10), Ok(()));
+        let params = SamplingParams {
+            max_tokens: Some(4),
+            min_tokens: 4,
+            top_k: Some(0),
+            min_p: 1.0,
+            presence_penalty: -2.0,
+            frequency_penalty: 2.0,
+            logit_bias: [(TokenId(9), -100.0), (TokenId(0), 100.0)].into(),
+            stop_token_ids: vec![TokenId(9)],
+            logprobs: Some(128),
+            prompt_logprobs: Some(0),
+            ..SamplingParams::default()
+        };
+        assert_eq!(params.validate(10), Ok(()));
+    }
+
+    #[test]
+    fn a_refusal_says_field_value_and_range() {
+        let params = SamplingParams { top_p: 1.5, ..SamplingParams::default() };
+        let message = params.validate(10).unwrap_err().to_string();
+        assert_eq!(message, "top_p: 1.5 is not allowed, must be above 0 and at most 1");
+    }
+}

@@ -1,0 +1,312 @@
+//! Which rows the next step computes, and what its results mean for the sequences. Needs no model.
+//!
+//! First come, first served. A step holds one row for every sequence in decode, then chunks of prefill in order of
+//! arrival while the budget lasts. A sequence is admitted when blocks for its prompt and all tokens it may sample are
+//! free, so a running sequence never lacks a block and none has to be preempted; the price is that a request with a
+//! large `max_tokens` holds blocks it may not use.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use moge_model::{BLOCK_SIZE, Batch, BlockId, SequenceRows, TokenId, Tokenizer};
+
+use crate::sequence::Sequence;
+use crate::text::TextStream;
+use crate::{AdmitError, BlockManager, Request, SeqId, SequenceOutput, SequenceResult};
+
+/// Rows of a step that may want logits for `prompt_logprobs`, over all sequences. With a vocabulary of 153 376 their
+/// logits take 39 MB, little beside the weights, while 64 rows still read each weight once per 64 tokens.
+const MAX_PROMPT_LOGIT_ROWS: usize = 64;
+
+/// What a scheduler allows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SchedulerConfig {
+    /// Entries of the vocabulary.
+    pub vocab_size: usize,
+    /// Longest sequence, prompt and output together.
+    pub max_sequence_tokens: usize,
+    /// Blocks of the KV cache.
+    pub num_blocks: usize,
+    /// Rows of a step, at least 1.
+    pub max_batched_tokens: usize,
+    /// Sequences that have blocks at the same time, at least 1. More than `max_batched_tokens` never run, as each
+    /// needs a row per step.
+    pub max_running: usize,
+    /// Requests that wait for blocks.
+    pub max_waiting: usize,
+    /// Tokens that end a sequence unless its request ignores them.
+    pub eos_token_ids: Vec<TokenId>,
+}
+
+impl SchedulerConfig {
+    /// Most rows of a step that want logits: one for each running sequence, and prompt rows for `prompt_logprobs`.
+    pub fn max_logit_rows(&self) -> usize {
+        self.max_batched_tokens.min(self.max_running.saturating_add(MAX_PROMPT_LOGIT_ROWS))
+    }
+}
+
+/// One step's work.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Step {
+    /// What the model computes.
+    pub batch: Batch,
+    /// Whose rows these are, parallel to `batch.sequences`.
+    pub sequences: Vec<ScheduledSequence>,
+}
+
+/// One sequence's share of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScheduledSequence {
+    /// Which sequence.
+    pub id: SeqId,
+    /// How many of its rows want logits. They are its last rows.
+    pub num_logit_rows: usize,
+    /// True if a token is to be sampled from its last row.
+    pub samples: bool,
+}
+
+/// Waiting and running sequences, and the blocks that the running ones hold.
+pub struct Scheduler {
+    config: SchedulerConfig,
+    tokenizer: Option<Arc<Tokenizer>>,
+    next_id: SeqId,
+    waiting: VecDeque<Sequence>,
+    /// In order of arrival, so by ascending id.
+    running: Vec<Sequence>,
+    block_manager: BlockManager,
+}
+
+/// What is left of a step while it is filled.
+struct Budget {
+    rows: usize,
+    prompt_logit_rows: usize,
+}
+
+impl Scheduler {
+    /// A scheduler without requests. Without a tokenizer all text is empty.
+    ///
+    /// # Panics
+    /// If `max_batched_tokens` or `max_running` is 0, so that nothing would ever run, or if the numbers of rows or
+    /// blocks do not fit in 32 bits.
+    pub fn new(config: SchedulerConfig, tokenizer: Option<Arc<Tokenizer>>) -> Scheduler {
+        assert!(config.max_batched_tokens > 0, "max_batched_tokens is 0");
+        assert!(config.max_running > 0, "max_running is 0");
+        assert!(u32::try_from(config.max_batched_tokens).is_ok(), "rows have 32 bits");
+        let block_manager = BlockManager::new(config.num_blocks);
+        Scheduler { config, tokenizer, next_id: SeqId(0), waiting: VecDeque::new(), running: Vec::new(), block_manager }
+    }
+
+    /// Queue a request.
+    ///
+    /// # Errors
+    /// [`AdmitError`] if it is invalid, could never run, or the queue is full.
+    pub fn add_request(&mut self, request: Request) -> Result<SeqId, AdmitError> {
+        let Request { prompt, sampling } = request;
+        sampling.validate(self.config.vocab_size)?;
+        if self.tokenizer.is_none() && !sampling.stop.is_empty() {
+            let (value, allowed) = (format!("{:?}", sampling.stop), "empty, as the model has no tokenizer".to_owned());
+            return Err(AdmitError::InvalidParameter { field: "stop", value, allowed });
+        }
+        self.check_prompt(&prompt)?;
+        let max_tokens = self.max_tokens(prompt.len(), sampling.max_tokens)?;
+        if self.waiting.len() >= self.config.max_waiting {
+            return Err(AdmitError::QueueFull { max_waiting: self.config.max_waiting });
+        }
+        let id = self.next_id;
+        self.next_id = SeqId(id.0 + 1);
+        let eos_token_ids: &[TokenId] = if sampling.ignore_eos { &[] } else { &self.config.eos_token_ids };
+        self.waiting.push_back(Sequence {
+            id,
+            num_prompt_tokens: prompt.len(),
+            num_computed_tokens: 0,
+            max_tokens,
+            stop_token_ids: [&sampling.stop_token_ids, eos_token_ids].concat(),
+            block_table: Vec::new(),
+            text: self.tokenizer.clone().map(|tokenizer| TextStream::new(tokenizer, &sampling.stop)),
+            prompt_logprobs: vec![None],
+            tokens: prompt,
+            sampling,
+        });
+        Ok(id)
+    }
+
+    /// Choose the rows of the next step; `None` if there is nothing to do. Its results go to
+    /// [`Scheduler::postprocess`] before the next call.
+    pub fn schedule(&mut self) -> Option<Step> {
+        let mut step = Step::default();
+        let mut budget = Budget { rows: self.config.max_batched_tokens, prompt_logit_rows: MAX_PROMPT_LOGIT_ROWS };
+        let (prefills, decodes): (Vec<&Sequence>, Vec<&Sequence>) = self.running.iter().partition(|s| s.is_prefill());
+        for sequence in decodes.into_iter().chain(prefills) {
+            step.push(sequence, &mut budget);
+        }
+        while budget.rows > 0
+            && let Some(sequence) = self.start_next()
+        {
+            step.push(sequence, &mut budget);
+        }
+        (!step.sequences.is_empty()).then_some(step)
+    }
+
+    /// Take in the results of `step`, one for each of its sequences, and release the sequences that ended.
+    ///
+    /// # Panics
+    /// If `results` does not belong to `step`, or `step` not to what runs.
+    pub fn postprocess(&mut self, step: &Step, results: Vec<SequenceResult>) -> Vec<SequenceOutput> {
+        assert_eq!(results.len(), step.sequences.len(), "one result per sequence");
+        let mut outputs = Vec::with_capacity(results.len());
+        for ((scheduled, rows), result) in step.sequences.iter().zip(&step.batch.sequences).zip(results) {
+            assert_eq!(result.sampled.is_some(), scheduled.samples, "sequence {}", scheduled.id);
+            let index = self.running_index(scheduled.id);
+            let output = self.running[index].advance(rows.num_rows, result);
+            if output.finish_reason.is_some() {
+                self.block_manager.free(self.running.remove(index).block_table);
+            }
+            outputs.push(output);
+        }
+        outputs
+    }
+
+    /// End a sequence now and free its blocks. Returns its last output, `None` if it has ended before.
+    pub fn cancel(&mut self, id: SeqId) -> Option<SequenceOutput> {
+        let mut sequence = if let Ok(index) = self.running.binary_search_by_key(&id, |s| s.id) {
+            self.running.remove(index)
+        } else {
+            let index = self.waiting.binary_search_by_key(&id, |s| s.id).ok()?;
+            self.waiting.remove(index)?
+        };
+        self.block_manager.free(std::mem::take(&mut sequence.block_table));
+        Some(sequence.cancel())
+    }
+
+    /// True while a request waits or runs.
+    pub fn has_unfinished(&self) -> bool {
+        !self.waiting.is_empty() || !self.running.is_empty()
+    }
+
+    /// Requests without blocks.
+    pub fn num_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Sequences with blocks.
+    pub fn num_running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Blocks that no sequence holds.
+    pub fn num_free_blocks(&self) -> usize {
+        self.block_manager.num_free_blocks()
+    }
+
+    /// Check what must hold between steps: no block lost or shared, every running sequence with all its blocks, no
+    /// waiting one with any, ids ascending, and as many running as allowed.
+    ///
+    /// # Panics
+    /// If something does not hold.
+    pub fn check_integrity(&self) {
+        self.block_manager.check_integrity(self.running.iter().map(|s| s.block_table.as_slice()));
+        assert!(self.running.len() <= self.max_running());
+        assert!(self.waiting.len() <= self.config.max_waiting);
+        assert!(self.running.iter().chain(&self.waiting).map(|s| s.id).is_sorted_by(|a, b| a < b));
+        for sequence in &self.running {
+            assert_eq!(sequence.block_table.len(), sequence.max_total_tokens().div_ceil(BLOCK_SIZE));
+            assert!(sequence.num_uncomputed_tokens() > 0);
+            assert!(sequence.tokens.len() < sequence.max_total_tokens());
+        }
+        assert!(self.waiting.iter().all(|s| s.block_table.is_empty() && s.num_computed_tokens == 0));
+    }
+
+    pub(crate) fn vocab_size(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    /// A running sequence.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub(crate) fn running(&self, id: SeqId) -> &Sequence {
+        &self.running[self.running_index(id)]
+    }
+
+    fn running_index(&self, id: SeqId) -> usize {
+        match self.running.binary_search_by_key(&id, |s| s.id) {
+            Ok(index) => index,
+            Err(_) => panic!("sequence {id} does not run"),
+        }
+    }
+
+    fn max_running(&self) -> usize {
+        self.config.max_running.min(self.config.max_batched_tokens)
+    }
+
+    /// Give the request that waits longest its blocks, unless it has to wait on. Nobody overtakes it, so that a large
+    /// request is not starved by small ones.
+    fn start_next(&mut self) -> Option<&Sequence> {
+        if self.running.len() >= self.max_running() {
+            return None;
+        }
+        let num_blocks = self.waiting.front()?.max_total_tokens().div_ceil(BLOCK_SIZE);
+        let block_table = self.block_manager.allocate(num_blocks)?;
+        let sequence = self.waiting.pop_front()?;
+        self.running.push(Sequence { block_table, ..sequence });
+        self.running.last()
+    }
+
+    fn check_prompt(&self, prompt: &[TokenId]) -> Result<(), AdmitError> {
+        let vocab_size = self.config.vocab_size;
+        if prompt.is_empty() {
+            return Err(AdmitError::EmptyPrompt);
+        }
+        if prompt.len() >= self.config.max_sequence_tokens {
+            let max_tokens = self.config.max_sequence_tokens.saturating_sub(1);
+            return Err(AdmitError::PromptTooLong { num_tokens: prompt.len(), max_tokens });
+        }
+        match prompt.iter().position(|token| token.0 as usize >= vocab_size) {
+            Some(index) => Err(AdmitError::TokenOutOfVocabulary { index, token: prompt[index].0, vocab_size }),
+            None => Ok(()),
+        }
+    }
+
+    /// How many tokens may follow a prompt: as many as asked for, but not past the end of the context. With nothing
+    /// asked for, no more than the KV cache holds either.
+    fn max_tokens(&self, num_prompt_tokens: usize, asked: Option<usize>) -> Result<usize, AdmitError> {
+        let max_blocks = self.config.num_blocks;
+        let in_context = self.config.max_sequence_tokens - num_prompt_tokens;
+        let in_cache = max_blocks.saturating_mul(BLOCK_SIZE).saturating_sub(num_prompt_tokens);
+        let max_tokens = asked.unwrap_or(in_cache.max(1)).min(in_context);
+        if max_tokens > in_cache {
+            let num_blocks = (num_prompt_tokens + max_tokens).div_ceil(BLOCK_SIZE);
+            return Err(AdmitError::NeverFits { num_prompt_tokens, max_tokens, num_blocks, max_blocks });
+        }
+        Ok(max_tokens)
+    }
+}
+
+impl Step {
+    /// Add as many rows of `sequence` as it needs and `budget` allows.
+    fn push(&mut self, sequence: &Sequence, budget: &mut Budget) {
+        let wants_prompt_logits = sequence.wants_prompt_logits();
+        let mut num_rows = sequence.num_uncomputed_tokens().min(budget.rows);
+        if wants_prompt_logits {
+            num_rows = num_rows.min(budget.prompt_logit_rows);
+            budget.prompt_logit_rows -= num_rows;
+        }
+        budget.rows -= num_rows;
+        if num_rows == 0 {
+            return;
+        }
+        let first_position = sequence.num_computed_tokens;
+        let end = first_position + num_rows;
+        let samples = end == sequence.tokens.len();
+        let num_logit_rows = if wants_prompt_logits { num_rows } else { usize::from(samples) };
+        self.batch.tokens.extend(&sequence.tokens[first_position..end]);
+        let end_row = self.batch.tokens.len() as u32; // at most max_batched_tokens rows, see `Scheduler::new`
+        self.batch.logit_rows.extend(end_row - num_logit_rows as u32..end_row);
+        let block_table: Vec<BlockId> = sequence.block_table[..end.div_ceil(BLOCK_SIZE)].to_vec();
+        self.batch.sequences.push(SequenceRows { num_rows, first_position, block_table });
+        self.sequences.push(ScheduledSequence { id: sequence.id, num_logit_rows, samples });
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,102 @@
+//! One number at a time: the ISA that every CPU has.
+
+use half::{bf16, f16};
+
+use super::{Simd, Stored};
+use crate::elements::round_to_bf16;
+
+/// The scalar ISA.
+#[derive(Clone, Copy)]
+pub(crate) struct Scalar;
+
+impl Simd for Scalar {
+    type Vector = f32;
+
+    const LANES: usize = 1;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> f32 {
+        x
+    }
+
+    #[inline(always)]
+    unsafe fn load_f32(self, x: *const f32) -> f32 {
+        // SAFETY: The caller's promise.
+        unsafe { *x }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(self, x: *const bf16) -> f32 {
+        // SAFETY: The caller's promise.
+        unsafe { (*x).widen() }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(self, x: *const f16) -> f32 {
+        // SAFETY: The caller's promise.
+        unsafe { (*x).widen() }
+    }
+
+    #[inline(always)]
+    unsafe fn store_f32(self, out: *mut f32, v: f32) {
+        // SAFETY: The caller's promise.
+        unsafe { *out = v }
+    }
+
+    #[inline(always)]
+    fn add(self, a: f32, b: f32) -> f32 {
+        a + b
+    }
+
+    #[inline(always)]
+    fn sub(self, a: f32, b: f32) -> f32 {
+        a - b
+    }
+
+    #[inline(always)]
+    fn mul(self, a: f32, b: f32) -> f32 {
+        a * b
+    }
+
+    #[inline(always)]
+    fn div(self, a: f32, b: f32) -> f32 {
+        a / b
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: f32, b: f32, c: f32) -> f32 {
+        a * b + c
+    }
+
+    #[inline(always)]
+    fn max(self, a: f32, b: f32) -> f32 {
+        if a > b { a } else { b }
+    }
+
+    #[inline(always)]
+    fn min(self, a: f32, b: f32) -> f32 {
+        if a < b { a } else { b }
+    }
+
+    #[inline(always)]
+    fn round(self, a: f32) -> f32 {
+        // Adding and taking away 1.5 * 2^23 leaves no bit for the fraction; `round_ties_even` may be a library call.
+        const SHIFT: f32 = 12_582_912.0;
+        if a.abs() < 4_194_304.0 { (a + SHIFT) - SHIFT } else { a }
+    }
+
+    #[inline(always)]
+    fn pow2(self, a: f32) -> f32 {
+        f32::from_bits(((a as i32).wrapping_add(127) as u32) << 23)
+    }
+
+    #[inline(always)]
+    fn round_to_bf16(self, a: f32) -> f32 {
+        round_to_bf16(a)
+    }
+
+    #[inline(always)]
+    fn sum4(self, v: [f32; 4]) -> [f32; 4] {
+        v
+    }
+}

@@ -1,0 +1,134 @@
+//! `tokenizer.json` with byte-level BPE, as Qwen3 and GLM-4 ship it.
+
+use std::collections::HashMap;
+
+use tokenizers::decoders::DecoderWrapper;
+use tokenizers::{Model, Tokenizer as HfTokenizer};
+
+use super::TokenizerError;
+use super::files::field_error;
+use crate::TokenId;
+
+/// Ids above this are taken for damage: no vocabulary is near it, and tables are as long as the largest id.
+const MAX_ID: u32 = 1 << 24;
+
+/// Byte-level BPE: every token is a string of bytes, and a text decodes to the bytes of its tokens.
+pub(super) struct ByteLevelBpe {
+    inner: HfTokenizer,
+    file: String,
+    /// Bytes of all tokens in the order of their ids.
+    bytes: Vec<u8>,
+    /// Where the bytes of each id end.
+    ends: Vec<usize>,
+    /// Tokens that the post-processor puts before a text.
+    prefix: Vec<TokenId>,
+}
+
+impl ByteLevelBpe {
+    pub(super) fn from_bytes(json: &[u8], file: &str) -> Result<Self, TokenizerError> {
+        let mut inner = HfTokenizer::from_bytes(json).map_err(|error| TokenizerError::Invalid {
+            file: file.to_owned(),
+            problem: format!("not a tokenizer: {error}"),
+        })?;
+        // How long a prompt may be is decided elsewhere; cutting or padding it here would be silent.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|error| field_error(file, "truncation", error.to_string()))?;
+        match inner.get_decoder() {
+            Some(DecoderWrapper::ByteLevel(_)) => {}
+            other => {
+                let found = serde_json::to_value(other).ok();
+                let found = found.as_ref().and_then(|decoder| decoder.get("type")?.as_str()).unwrap_or("none");
+                let problem = format!("decoder {found:?} is not supported; allowed: \"ByteLevel\"");
+                return Err(field_error(file, "decoder", problem));
+            }
+        }
+        let (bytes, ends) = token_bytes_table(&inner, file)?;
+        let prefix = prefix_tokens(&inner, file)?;
+        Ok(Self { inner, file: file.to_owned(), bytes, ends, prefix })
+    }
+
+    pub(super) fn encode(&self, text: &str) -> Result<Vec<TokenId>, TokenizerError> {
+        match self.inner.encode_fast(text, false) {
+            Ok(encoding) => Ok(encoding.get_ids().iter().copied().map(TokenId).collect()),
+            Err(error) => Err(TokenizerError::Encode { file: self.file.clone(), problem: error.to_string() }),
+        }
+    }
+
+    pub(super) fn prefix(&self) -> &[TokenId] {
+        &self.prefix
+    }
+
+    /// One more than the largest id.
+    pub(super) fn vocab_size(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// The bytes of a token; none if there is no such id.
+    pub(super) fn token_bytes(&self, id: TokenId) -> &[u8] {
+        let index = id.0 as usize;
+        let Some(&end) = self.ends.get(index) else { return &[] };
+        let start = if index == 0 { 0 } else { self.ends[index - 1] };
+        &self.bytes[start..end]
+    }
+
+    pub(super) fn piece(&self, id: TokenId) -> Option<String> {
+        self.inner.id_to_token(id.0)
+    }
+
+    pub(super) fn id_of(&self, piece: &str) -> Option<TokenId> {
+        self.inner.token_to_id(piece).map(TokenId)
+    }
+}
+
+/// The bytes of every id from 0 to the largest, and where each ends.
+fn token_bytes_table(inner: &HfTokenizer, file: &str) -> Result<(Vec<u8>, Vec<usize>), TokenizerError> {
+    let Some((piece, max_id)) = inner.get_vocab(true).into_iter().max_by_key(|(_, id)| *id) else {
+        return Err(field_error(file, "model.vocab", "there is no token".into()));
+    };
+    if max_id > MAX_ID {
+        let problem = format!("token {piece:?} has id {max_id}; allowed: at most {MAX_ID}");
+        return Err(field_error(file, "model.vocab", problem));
+    }
+    let byte_of_char = byte_of_char();
+    let added = inner.get_added_vocabulary();
+    let (mut bytes, mut ends) = (Vec::new(), Vec::with_capacity(max_id as usize + 1));
+    for id in 0..=max_id {
+        let token = added.simple_id_to_token(id).or_else(|| inner.get_model().id_to_token(id)).unwrap_or_default();
+        // A token that holds a character outside the byte alphabet is no string of bytes in disguise: it is
+        // an added token, which stands for its own text.
+        match token.chars().map(|c| byte_of_char.get(&c).copied()).collect::<Option<Vec<u8>>>() {
+            Some(token_bytes) => bytes.extend(token_bytes),
+            None => bytes.extend(token.as_bytes()),
+        }
+        ends.push(bytes.len());
+    }
+    Ok((bytes, ends))
+}
+
+/// The byte alphabet of GPT-2: printable Latin-1 stands for itself, every other byte for the next free
+/// character from U+0100 on.
+fn byte_of_char() -> HashMap<char, u8> {
+    let mut next_free = 0x100;
+    (0..=255u8)
+        .filter_map(|byte| {
+            let printable = matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+            let code = if printable { u32::from(byte) } else { next_free };
+            next_free += u32::from(!printable);
+            Some((char::from_u32(code)?, byte))
+        })
+        .collect()
+}
+
+/// What the post-processor puts before a text. It may be of several kinds, so a text is tried.
+fn prefix_tokens(inner: &HfTokenizer, file: &str) -> Result<Vec<TokenId>, TokenizerError> {
+    let encoding = inner
+        .encode("a", true)
+        .map_err(|error| TokenizerError::Encode { file: file.to_owned(), problem: error.to_string() })?;
+    let added = encoding.get_special_tokens_mask();
+    let num_prefix = added.iter().take_while(|&&mask| mask == 1).count();
+    if added[num_prefix..].contains(&1) {
+        let problem = "it adds tokens after the text; allowed: tokens before it".into();
+        return Err(field_error(file, "post_processor", problem));
+    }
+    Ok(encoding.get_ids()[..num_prefix].iter().copied().map(TokenId).collect())
+}
