@@ -1,8 +1,8 @@
 //! The network: checkpoint files to weights to logits. Knows nothing of requests.
 
 mod batch;
-mod checkpoint;
 mod chat_template;
+mod checkpoint;
 mod checkpoint_writer;
 mod config;
 mod generation_config;
@@ -15,8 +15,8 @@ pub mod tokenizer;
 mod weights;
 
 pub use batch::Batch;
-pub use checkpoint::{Checkpoint, CheckpointError, LoadMode, StoredTensor, TensorProblem};
 pub use chat_template::{ChatRequest, ChatTemplate, ChatTemplateError, Thinking, thinking_delimiters, thinking_tokens};
+pub use checkpoint::{Checkpoint, CheckpointError, LoadMode, StoredTensor, TensorProblem};
 pub use checkpoint_writer::{CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, PlannedTensor, WriteError};
 pub use config::{Architecture, ConfigError, MlpConfig, ModelConfig, MoeConfig, NormPlacement, RopeConfig};
 pub use generation_config::{GenerationDefaults, GenerationDefaultsError};
@@ -25,8 +25,8 @@ pub use kv_cache::KvCache;
 pub use model::{Model, Workspace};
 pub use moge_kernels::{ActivationType, BlockId, Cpu, SequenceRows};
 pub use non_finite::{NonFinite, count_non_finite};
-pub use weights::{TensorSpec, Weight, expected_tensors, tensor_problems};
 pub use tokenizer::{Detokenizer, Prefix, SentencePieceError, StopStrings, Tokenizer, TokenizerError};
+pub use weights::{TensorSpec, Weight, expected_tensors, tensor_problems};
 
 /// Tokens that one block of the KV cache holds.
 pub const BLOCK_SIZE: usize = 32;

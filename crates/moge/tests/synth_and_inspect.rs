@@ -67,7 +67,8 @@ fn the_published_config_alone_tells_parameters_and_memory() {
     assert_eq!(report["kv_bytes_per_1024_tokens"]["bf16"], 1024 * 192 * 1024);
     assert_eq!(report["stored_bytes"], Value::Null);
     let text = moge(&["inspect", dir.path().to_str().unwrap()]).stdout;
-    assert!(String::from_utf8(text).unwrap().contains("71,988,781,056"));
+    let text = String::from_utf8(text).unwrap();
+    assert!(text.contains("71,988,781,056 (71.99 B)") && text.contains("(16.50 B)"), "{text}");
     let (_, stderr, success) = inspect(dir.path(), &["--deep"]);
     assert!(!success && stderr.contains("no weights"), "{stderr}");
 }

@@ -50,7 +50,7 @@ pub const PRESETS: &[Preset] = &[
     },
     Preset {
         name: "pangu-embedded-1b",
-        about: "2.8 GB: openPangu-Embedded-1B",
+        about: "2.3 GB: openPangu-Embedded-1B",
         config: dense(Architecture::PanguEmbedded, Common::new([26, 1536, 12, 6, 128], 153_376, 32_768).tied(), 6144),
     },
     Preset {
@@ -65,7 +65,7 @@ pub const PRESETS: &[Preset] = &[
     },
     Preset {
         name: "small",
-        about: "44 MB: 8 layers",
+        about: "37 MB: 8 layers",
         config: dense(Architecture::Qwen3, Common::new([8, 320, 12, 4, 32], 8192, 4096), 1408),
     },
     Preset {
@@ -85,7 +85,7 @@ pub const PRESETS: &[Preset] = &[
     },
     Preset {
         name: "small",
-        about: "46 MB: 8 layers",
+        about: "39 MB: 8 layers",
         config: dense(Architecture::Glm4, Common::new([8, 320, 12, 4, 32], 8192, 4096), 1536),
     },
     Preset {

@@ -98,7 +98,7 @@ fn presets_are_valid_and_of_the_size_that_they_state() {
         let (number, rest) = preset.about.split_once(' ').unwrap();
         let unit = if rest.starts_with("GB") { 1e9 } else { 1e6 };
         let stated = number.parse::<f64>().unwrap() * unit;
-        assert!((bytes / stated - 1.0).abs() < 0.2, "{}: {bytes} bytes, stated {stated}", preset.name);
+        assert!((bytes / stated - 1.0).abs() < 0.1, "{}: {bytes} bytes, stated {stated}", preset.name);
     }
 }
 

@@ -268,9 +268,23 @@ impl fmt::Display for Mlp {
 
 impl fmt::Display for Parameters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let active = self.active_per_token;
-        write!(f, "{}, active per token {}", HumanCount(self.total), HumanCount(active))?;
-        write!(f, " ({:.2} B of {:.2} B)", active as f64 / 1e9, self.total as f64 / 1e9)
+        let (total, active) = (self.total, self.active_per_token);
+        write!(f, "{} ({}), ", HumanCount(total), Rounded(total))?;
+        write!(f, "active per token {} ({})", HumanCount(active), Rounded(active))
+    }
+}
+
+/// A count in thousands, millions or billions, as model names have it.
+struct Rounded(u64);
+
+impl fmt::Display for Rounded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (unit, name) = match self.0 {
+            0..1_000_000 => (1e3, "K"),
+            1_000_000..1_000_000_000 => (1e6, "M"),
+            _ => (1e9, "B"),
+        };
+        write!(f, "{:.2} {name}", self.0 as f64 / unit)
     }
 }
 
