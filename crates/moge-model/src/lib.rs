@@ -1,29 +1,33 @@
 //! The network: checkpoint files to weights to logits. Knows nothing of requests.
 
 mod batch;
-mod checkpoint;
 mod chat_template;
+mod checkpoint;
 mod checkpoint_writer;
 mod config;
 mod generation_config;
 mod ids;
 mod kv_cache;
 mod model;
+mod router;
 pub mod tokenizer;
 mod weights;
+mod workspace;
 
 pub use batch::Batch;
-pub use checkpoint::{Checkpoint, CheckpointError, LoadMode, StoredTensor, TensorProblem};
 pub use chat_template::{ChatRequest, ChatTemplate, ChatTemplateError, Thinking, thinking_delimiters, thinking_tokens};
+pub use checkpoint::{Checkpoint, CheckpointError, LoadMode, StoredTensor, TensorProblem};
 pub use checkpoint_writer::{CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, PlannedTensor, WriteError};
 pub use config::{Architecture, ConfigError, MlpConfig, ModelConfig, MoeConfig, NormPlacement, RopeConfig};
 pub use generation_config::{GenerationDefaults, GenerationDefaultsError};
 pub use ids::{ExpertId, TokenId};
 pub use kv_cache::KvCache;
-pub use model::{Model, Workspace};
-pub use moge_kernels::{ActivationType, BlockId, Cpu, SequenceRows};
-pub use weights::{TensorSpec, Weight, expected_tensors, tensor_problems};
+pub use model::{LoadError, Model};
+pub use moge_kernels::{ActivationType, BlockId, Cpu, Dtype, Isa, SequenceRows, available_threads};
+pub use router::{Route, route_token};
 pub use tokenizer::{Detokenizer, Prefix, SentencePieceError, StopStrings, Tokenizer, TokenizerError};
+pub use weights::{TensorSpec, Weight, expected_tensors, tensor_problems};
+pub use workspace::{StepLimits, Trace, Workspace};
 
 /// Tokens that one block of the KV cache holds.
 pub const BLOCK_SIZE: usize = 32;
