@@ -1,0 +1,186 @@
+//! Random checkpoints in the official layout, with a small tokenizer: to try, test and measure without a download.
+
+mod config_json;
+mod presets;
+mod random;
+mod tokenizer;
+mod weights;
+
+use std::fs;
+use std::num::NonZero;
+use std::path::{Path, PathBuf};
+
+use moge_kernels::Dtype;
+use thiserror::Error;
+
+use crate::checkpoint_writer::{
+    CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, PlannedTensor, WriteError, io_error, write_file,
+};
+use crate::config::{Architecture, ConfigError, ModelConfig};
+use crate::weights::{TensorSpec, expected_tensors};
+pub use presets::{PRESETS, Preset};
+use weights::Source;
+
+/// What to make: the sizes as a user states them, not checked yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SynthConfig {
+    /// Which network.
+    pub architecture: Architecture,
+    /// Number of layers.
+    pub num_layers: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Query heads.
+    pub num_q_heads: usize,
+    /// Key/value heads.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// The MLP of every layer.
+    pub mlp: SynthMlp,
+    /// Entries of the vocabulary.
+    pub vocab_size: usize,
+    /// Longest sequence, in tokens.
+    pub max_position_embeddings: usize,
+    /// The head uses the embedding's weights.
+    pub tie_word_embeddings: bool,
+    /// Biases on the attention's projections; Qwen3 and GLM-4 only, the Pangu kinds always have them.
+    pub attention_bias: bool,
+    /// Type of the weights.
+    pub dtype: Dtype,
+    /// Seed of the weights.
+    pub seed: u64,
+}
+
+/// The MLP of every layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SynthMlp {
+    /// One SwiGLU.
+    Dense {
+        /// Inner width.
+        intermediate_size: usize,
+    },
+    /// Routed experts in groups and a shared expert.
+    GroupedExperts {
+        /// Routed experts of a layer.
+        num_experts: usize,
+        /// Expert groups.
+        num_expert_groups: usize,
+        /// Experts that one token uses, over all expert groups.
+        experts_per_token: usize,
+        /// Inner width of a routed expert.
+        expert_intermediate_size: usize,
+        /// Inner width of the shared expert.
+        shared_intermediate_size: usize,
+    },
+}
+
+/// Why no checkpoint was made.
+#[derive(Debug, Error)]
+pub enum SynthError {
+    /// The sizes describe no network.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The vocabulary has no room for the special tokens and the alphabet.
+    #[error("vocab_size: {found} is too small for the tokenizer; at least {min} is needed")]
+    VocabularyTooSmall {
+        /// The size asked for.
+        found: usize,
+        /// The smallest that is possible.
+        min: usize,
+    },
+    /// The directory holds files; nothing is ever overwritten.
+    #[error("{}: not empty; name a new directory", dir.display())]
+    DirectoryNotEmpty {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// The files could not be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+}
+
+impl SynthConfig {
+    /// Check the sizes and give the network that they describe.
+    ///
+    /// # Errors
+    /// If the vocabulary is too small for a tokenizer, or the sizes are refused as a `config.json` with them would be.
+    pub fn model_config(&self) -> Result<ModelConfig, SynthError> {
+        Ok(ModelConfig::from_json(self.config_json()?.as_bytes(), "config.json")?)
+    }
+
+    /// Bytes that the weights will take on disk. The other files take a few megabytes at most.
+    ///
+    /// # Errors
+    /// As [`SynthConfig::model_config`].
+    pub fn weight_bytes(&self) -> Result<u64, SynthError> {
+        let tensors = expected_tensors(&self.model_config()?);
+        let num_elements = tensors.iter().map(TensorSpec::num_elements).fold(0, u64::saturating_add);
+        Ok(num_elements.saturating_mul(self.dtype.size_bytes() as u64))
+    }
+
+    fn config_json(&self) -> Result<String, SynthError> {
+        let min = tokenizer::min_vocab_size(self.architecture);
+        if self.vocab_size < min {
+            return Err(SynthError::VocabularyTooSmall { found: self.vocab_size, min });
+        }
+        Ok(config_json::config_json(self, &tokenizer::special_ids(self.architecture, self.vocab_size)))
+    }
+}
+
+/// Write a random checkpoint into `dir`, which is made if it is not there and must be empty if it is. `progress` gets
+/// the bytes of weights written so far and in all.
+///
+/// The same config gives the same bytes on every machine. `config.json` comes last: without it no reader takes a
+/// directory for a checkpoint.
+///
+/// # Errors
+/// If the config is refused, the directory is not empty, or the files cannot be written.
+pub fn write_checkpoint(
+    dir: &Path,
+    config: &SynthConfig,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<(), SynthError> {
+    let num_threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+    write_with_threads(dir, config, num_threads, progress)
+}
+
+fn write_with_threads(
+    dir: &Path,
+    config: &SynthConfig,
+    num_threads: usize,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<(), SynthError> {
+    let config_json = config.config_json()?;
+    let model_config = config.model_config()?;
+    claim_directory(dir)?;
+    let dtype = weights::stored_dtype(config.dtype);
+    let plan = expected_tensors(&model_config).into_iter();
+    let plan = plan.map(|TensorSpec { name, shape }| PlannedTensor { name, dtype, shape }).collect();
+    let mut writer = CheckpointWriter::create(dir, plan, DEFAULT_MAX_SHARD_BYTES)?;
+    let total_bytes = writer.total_bytes();
+    let source = Source { seed: config.seed, num_threads };
+    weights::write_tensors(&mut writer, &model_config, source, &mut |bytes| progress(bytes, total_bytes))?;
+    writer.finish()?;
+    let ids = tokenizer::special_ids(config.architecture, config.vocab_size);
+    let generation_config = config_json::generation_config_json(config.architecture, &ids).into_bytes();
+    let mut files = tokenizer::files(config.architecture, config.vocab_size);
+    files.extend([("generation_config.json", generation_config), ("config.json", config_json.into_bytes())]);
+    for (name, bytes) in files {
+        write_file(&dir.join(name), &bytes)?;
+    }
+    Ok(())
+}
+
+/// Make `dir`, or see that it is empty.
+fn claim_directory(dir: &Path) -> Result<(), SynthError> {
+    fs::create_dir_all(dir).map_err(|source| io_error(dir, source))?;
+    let mut entries = fs::read_dir(dir).map_err(|source| io_error(dir, source))?;
+    match entries.next() {
+        None => Ok(()),
+        Some(_) => Err(SynthError::DirectoryNotEmpty { dir: dir.to_path_buf() }),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,281 @@
+//! `moge inspect`: what a checkpoint is, what it needs, and what is wrong with it.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use clap::{Args, ValueEnum};
+use indicatif::{DecimalBytes, HumanCount, ProgressBar, ProgressStyle};
+use moge_kernels::Dtype;
+use moge_model::{
+    Checkpoint, CheckpointError, LoadMode, MlpConfig, ModelConfig, TensorSpec, count_non_finite, expected_tensors,
+    tensor_problems,
+};
+use serde::Serialize;
+
+/// Tokens for which the memory of the KV cache is given.
+const KV_TOKENS: u64 = 1024;
+
+/// Tell what a checkpoint is, what memory it needs, and what is missing in its files
+///
+/// Reads config.json and the headers of the weights, not the weights. Works with config.json alone. Fails if the
+/// weights do not fit the config.
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// Directory of the checkpoint
+    dir: PathBuf,
+    /// Read all weights and report NaN and infinity; fail if any are found or weights are missing
+    #[arg(long)]
+    deep: bool,
+    /// How to print
+    #[arg(long, value_enum, default_value = "text")]
+    format: Format,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Format {
+    Text,
+    Json,
+}
+
+/// Print the report, then fail if it names a defect.
+pub(crate) fn run(args: &InspectArgs) -> Result<()> {
+    let config = ModelConfig::load(&args.dir)?;
+    let checkpoint = open(&args.dir)?;
+    let mut report = Report::new(&config);
+    if let Some(checkpoint) = &checkpoint {
+        report.stored_bytes = Some(checkpoint.total_bytes());
+        report.tensor_problems = tensor_problems(&config, checkpoint).iter().map(ToString::to_string).collect();
+        if args.deep {
+            report.non_finite = Some(scan(checkpoint)?);
+        }
+    }
+    match args.format {
+        Format::Text => print!("{report}"),
+        Format::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+    }
+    if args.deep && checkpoint.is_none() {
+        bail!("{}: no weights to read", args.dir.display());
+    }
+    match (report.tensor_problems.len(), report.non_finite.map_or(0, |found| found.len())) {
+        (0, 0) => Ok(()),
+        (0, found) => bail!("{}: {found} tensors hold NaN or infinity", args.dir.display()),
+        (found, _) => bail!("{}: {found} tensors do not fit config.json", args.dir.display()),
+    }
+}
+
+/// The headers of the weights; `None` if there are no weights at all.
+fn open(dir: &Path) -> Result<Option<Checkpoint>> {
+    match Checkpoint::open(dir, LoadMode::Mmap, &|_, _| ()) {
+        Ok(checkpoint) => Ok(Some(checkpoint)),
+        Err(CheckpointError::NoWeights { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Read all data and list the tensors that hold NaN or infinity.
+fn scan(checkpoint: &Checkpoint) -> Result<Vec<NonFiniteTensor>> {
+    // The bar is hidden where standard error is no terminal.
+    let style = ProgressStyle::with_template("{bar:40} {decimal_bytes} of {decimal_total_bytes}, {eta} left")?;
+    let bar = ProgressBar::new(checkpoint.total_bytes()).with_style(style);
+    let mut found = Vec::new();
+    for (name, tensor) in checkpoint.tensors() {
+        let count = count_non_finite(tensor);
+        if count.num_nan + count.num_infinite > 0 {
+            let (num_nan, num_infinite) = (count.num_nan, count.num_infinite);
+            found.push(NonFiniteTensor { name: name.to_string(), num_nan, num_infinite });
+        }
+        bar.inc(tensor.bytes().len() as u64);
+    }
+    bar.finish_and_clear();
+    Ok(found)
+}
+
+/// All that is printed, in either format.
+#[derive(Debug, Serialize)]
+struct Report {
+    architecture: &'static str,
+    num_layers: usize,
+    hidden_size: usize,
+    num_q_heads: usize,
+    num_kv_heads: usize,
+    head_dim: usize,
+    mlp: Mlp,
+    vocab_size: usize,
+    tie_word_embeddings: bool,
+    max_position_embeddings: usize,
+    dtype: &'static str,
+    parameters: Parameters,
+    /// If all weights were stored in this type.
+    weight_bytes: PerDtype,
+    kv_bytes_per_1024_tokens: PerDtype,
+    /// Size of the weight files; null if there are none.
+    stored_bytes: Option<u64>,
+    tensor_problems: Vec<String>,
+    /// Null if the data was not read.
+    non_finite: Option<Vec<NonFiniteTensor>>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+enum Mlp {
+    Dense {
+        intermediate_size: usize,
+    },
+    GroupedExperts {
+        num_experts: usize,
+        num_expert_groups: usize,
+        experts_per_token: usize,
+        expert_intermediate_size: usize,
+        shared_intermediate_size: usize,
+    },
+}
+
+/// Numbers of parameters, the embedding table counted. A config may describe more than 64 bits can count; sums stop
+/// there.
+#[derive(Debug, Serialize)]
+struct Parameters {
+    total: u64,
+    active_per_token: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct PerDtype {
+    f32: u64,
+    bf16: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct NonFiniteTensor {
+    name: String,
+    num_nan: u64,
+    num_infinite: u64,
+}
+
+impl Report {
+    /// What config.json alone tells.
+    fn new(config: &ModelConfig) -> Report {
+        let parameters = Parameters::of(config);
+        let kv_numbers = (2 * KV_TOKENS).saturating_mul((config.kv_size() * config.num_layers) as u64);
+        Report {
+            architecture: config.architecture.hf_name(),
+            num_layers: config.num_layers,
+            hidden_size: config.hidden_size,
+            num_q_heads: config.num_q_heads,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+            mlp: Mlp::of(config),
+            vocab_size: config.vocab_size,
+            tie_word_embeddings: config.tie_word_embeddings,
+            max_position_embeddings: config.max_position_embeddings,
+            dtype: match config.dtype {
+                Dtype::F32 => "f32",
+                Dtype::F16 => "f16",
+                Dtype::Bf16 => "bf16",
+            },
+            weight_bytes: PerDtype::of(parameters.total),
+            kv_bytes_per_1024_tokens: PerDtype::of(kv_numbers),
+            parameters,
+            stored_bytes: None,
+            tensor_problems: Vec::new(),
+            non_finite: None,
+        }
+    }
+}
+
+impl Mlp {
+    fn of(config: &ModelConfig) -> Mlp {
+        match config.mlp {
+            MlpConfig::Dense { intermediate_size } => Mlp::Dense { intermediate_size },
+            MlpConfig::GroupedExperts(moe) => Mlp::GroupedExperts {
+                num_experts: moe.num_experts,
+                num_expert_groups: moe.num_expert_groups,
+                experts_per_token: moe.experts_per_token(),
+                expert_intermediate_size: moe.expert_intermediate_size,
+                shared_intermediate_size: moe.shared_intermediate_size,
+            },
+        }
+    }
+}
+
+impl Parameters {
+    fn of(config: &ModelConfig) -> Parameters {
+        let total = expected_tensors(config).iter().map(TensorSpec::num_elements).fold(0, u64::saturating_add);
+        let idle = match config.mlp {
+            MlpConfig::Dense { .. } => 0,
+            MlpConfig::GroupedExperts(moe) => {
+                // A routed expert has three projections between the two widths.
+                let per_expert = 3 * (config.hidden_size * moe.expert_intermediate_size) as u64;
+                per_expert.saturating_mul(((moe.num_experts - moe.experts_per_token()) * config.num_layers) as u64)
+            }
+        };
+        Parameters { total, active_per_token: total.saturating_sub(idle) }
+    }
+}
+
+impl PerDtype {
+    fn of(num_elements: u64) -> PerDtype {
+        PerDtype { f32: num_elements.saturating_mul(4), bf16: num_elements.saturating_mul(2) }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let tied = if self.tie_word_embeddings { ", embedding and head tied" } else { "" };
+        let (q, kv, width) = (self.num_q_heads, self.num_kv_heads, self.head_dim);
+        writeln!(f, "architecture  {}", self.architecture)?;
+        writeln!(f, "layers        {}", self.num_layers)?;
+        writeln!(f, "hidden size   {}", self.hidden_size)?;
+        writeln!(f, "heads         {q} query, {kv} key/value, width {width}")?;
+        writeln!(f, "mlp           {}", self.mlp)?;
+        writeln!(f, "vocabulary    {}{tied}", self.vocab_size)?;
+        writeln!(f, "positions     {}", self.max_position_embeddings)?;
+        writeln!(f, "parameters    {}", self.parameters)?;
+        writeln!(f, "weights       {}, config.json says {}", self.weight_bytes, self.dtype)?;
+        writeln!(f, "KV cache      {}, for {KV_TOKENS} tokens", self.kv_bytes_per_1024_tokens)?;
+        match self.stored_bytes {
+            None => writeln!(f, "files         no weights")?,
+            Some(bytes) => writeln!(f, "files         {} of weights", DecimalBytes(bytes))?,
+        }
+        for problem in &self.tensor_problems {
+            writeln!(f, "  {problem}")?;
+        }
+        for NonFiniteTensor { name, num_nan, num_infinite } in self.non_finite.iter().flatten() {
+            writeln!(f, "  {name}: {num_nan} NaN, {num_infinite} infinite")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Mlp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Mlp::Dense { intermediate_size } => write!(f, "dense, width {intermediate_size}"),
+            Mlp::GroupedExperts {
+                num_experts,
+                num_expert_groups,
+                experts_per_token,
+                expert_intermediate_size,
+                shared_intermediate_size,
+            } => write!(
+                f,
+                "{num_experts} experts in {num_expert_groups} expert groups, width {expert_intermediate_size}, \
+                 {experts_per_token} per token; shared expert, width {shared_intermediate_size}"
+            ),
+        }
+    }
+}
+
+impl fmt::Display for Parameters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let active = self.active_per_token;
+        write!(f, "{}, active per token {}", HumanCount(self.total), HumanCount(active))?;
+        write!(f, " ({:.2} B of {:.2} B)", active as f64 / 1e9, self.total as f64 / 1e9)
+    }
+}
+
+impl fmt::Display for PerDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} in bf16, {} in f32", DecimalBytes(self.bf16), DecimalBytes(self.f32))
+    }
+}
