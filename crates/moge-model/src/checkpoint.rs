@@ -194,9 +194,9 @@ impl Checkpoint {
         mode: LoadMode,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Checkpoint, CheckpointError> {
-        let index = dir.join("model.safetensors.index.json");
-        let files = if index.exists() { read_index(&index)? } else { single_file(dir)? };
-        let total_bytes = files.keys().map(|file| dir.join(file).metadata().map_or(0, |m| m.len())).sum();
+        let index = index_path(dir);
+        let files = list_files(dir)?;
+        let total_bytes = Checkpoint::file_bytes(dir)?;
         let mut checkpoint = Checkpoint { dir: dir.to_owned(), tensors: BTreeMap::new(), shards: Vec::new() };
         let mut bytes_before = 0;
         for (file, listed) in &files {
@@ -209,6 +209,14 @@ impl Checkpoint {
             checkpoint.add_shard(&path, storage, listed.as_ref(), &index)?;
         }
         Ok(checkpoint)
+    }
+
+    /// Bytes of the files that [`Checkpoint::open`] would open, without opening them.
+    ///
+    /// # Errors
+    /// If there are no such files, or the index is wrong.
+    pub fn file_bytes(dir: &Path) -> Result<u64, CheckpointError> {
+        Ok(list_files(dir)?.keys().map(|file| dir.join(file).metadata().map_or(0, |m| m.len())).sum())
     }
 
     /// The checkpoint's directory.
@@ -294,7 +302,15 @@ impl Checkpoint {
 /// File name to the tensors that the index says it holds; `None` where there is no index.
 type Files = BTreeMap<String, Option<BTreeSet<String>>>;
 
-fn single_file(dir: &Path) -> Result<Files, CheckpointError> {
+fn index_path(dir: &Path) -> PathBuf {
+    dir.join("model.safetensors.index.json")
+}
+
+fn list_files(dir: &Path) -> Result<Files, CheckpointError> {
+    let index = index_path(dir);
+    if index.exists() {
+        return read_index(&index);
+    }
     let name = "model.safetensors";
     if !dir.join(name).exists() {
         return Err(CheckpointError::NoWeights { dir: dir.display().to_string() });

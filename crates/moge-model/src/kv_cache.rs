@@ -1,23 +1,34 @@
-//! Storage of keys and values for all layers; no policy.
+//! Storage of keys and values for all layers; who gets which block is decided elsewhere.
 
-use moge_kernels::ActivationType;
+use moge_kernels::{ActivationType, PagedKv};
 
-use crate::ModelConfig;
+use crate::{BLOCK_SIZE, ModelConfig};
 
-/// Keys and values of all layers, in blocks of [`crate::BLOCK_SIZE`] tokens.
+/// Keys and values of all layers, in blocks of [`BLOCK_SIZE`] tokens.
 #[derive(Debug)]
 pub struct KvCache {
+    pub(crate) layers: Vec<PagedKv>,
     num_blocks: usize,
 }
 
 impl KvCache {
-    /// Room for `num_blocks` blocks.
-    pub fn new(_config: &ModelConfig, _activation: ActivationType, num_blocks: usize) -> KvCache {
-        KvCache { num_blocks }
+    /// Room for `num_blocks` blocks. The system hands out the memory when it is first written.
+    pub fn new(config: &ModelConfig, activation: ActivationType, num_blocks: usize) -> KvCache {
+        let layer = |_| PagedKv::new(activation, num_blocks, BLOCK_SIZE, config.num_kv_heads, config.head_dim);
+        KvCache { layers: (0..config.num_layers).map(layer).collect(), num_blocks }
     }
 
     /// How many blocks there are.
     pub fn num_blocks(&self) -> usize {
         self.num_blocks
+    }
+
+    /// Bytes of one block over all layers.
+    pub fn block_bytes(config: &ModelConfig, activation: ActivationType) -> u64 {
+        let number_bytes = match activation {
+            ActivationType::F32 => 4,
+            ActivationType::Bf16 => 2,
+        };
+        (2 * config.num_layers * BLOCK_SIZE * config.kv_size() * number_bytes) as u64
     }
 }

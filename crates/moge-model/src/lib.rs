@@ -10,9 +10,11 @@ mod ids;
 mod kv_cache;
 mod model;
 mod non_finite;
+mod router;
 pub mod synth;
 pub mod tokenizer;
 mod weights;
+mod workspace;
 
 pub use batch::Batch;
 pub use chat_template::{ChatRequest, ChatTemplate, ChatTemplateError, Thinking, thinking_delimiters, thinking_tokens};
@@ -22,11 +24,13 @@ pub use config::{Architecture, ConfigError, MlpConfig, ModelConfig, MoeConfig, N
 pub use generation_config::{GenerationDefaults, GenerationDefaultsError};
 pub use ids::{ExpertId, TokenId};
 pub use kv_cache::KvCache;
-pub use model::{Model, Workspace};
-pub use moge_kernels::{ActivationType, BlockId, Cpu, SequenceRows};
+pub use model::{LoadError, Model};
+pub use moge_kernels::{ActivationType, BlockId, Cpu, Dtype, Isa, SequenceRows, available_threads};
 pub use non_finite::{NonFinite, count_non_finite};
+pub use router::{Route, route_token};
 pub use tokenizer::{Detokenizer, Prefix, SentencePieceError, StopStrings, Tokenizer, TokenizerError};
 pub use weights::{TensorSpec, Weight, expected_tensors, tensor_problems};
+pub use workspace::{StepLimits, Trace, Workspace};
 
 /// Tokens that one block of the KV cache holds.
 pub const BLOCK_SIZE: usize = 32;

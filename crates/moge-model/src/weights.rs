@@ -60,7 +60,7 @@ impl Weight {
 }
 
 /// Where [`Network::build`] gets its tensors: a checkpoint, or a list of what is wanted.
-pub trait TensorSource {
+pub(crate) trait TensorSource {
     /// A large tensor.
     type Matrix;
     /// A small tensor, widened to f32.
@@ -78,61 +78,61 @@ pub trait TensorSource {
 
 /// All weights of a network.
 #[derive(Debug)]
-pub struct Network<M = Weight, V = Vec<f32>> {
+pub(crate) struct Network<M = Weight, V = Vec<f32>> {
     /// Token embedding `[vocab_size, hidden_size]`.
-    pub embedding: M,
+    pub(crate) embedding: M,
     /// The layers in order.
-    pub layers: Vec<Layer<M, V>>,
+    pub(crate) layers: Vec<Layer<M, V>>,
     /// Weight of the last norm, `[hidden_size]`.
-    pub final_norm: V,
+    pub(crate) final_norm: V,
     /// Output head `[vocab_size, hidden_size]`.
-    pub head: M,
+    pub(crate) head: M,
 }
 
 /// One layer.
 #[derive(Debug)]
-pub struct Layer<M = Weight, V = Vec<f32>> {
+pub(crate) struct Layer<M = Weight, V = Vec<f32>> {
     /// Norm before attention, `[hidden_size]`.
-    pub attention_norm: V,
+    pub(crate) attention_norm: V,
     /// Norm before the MLP, `[hidden_size]`.
-    pub mlp_norm: V,
+    pub(crate) mlp_norm: V,
     /// Norms after attention and after the MLP, where the network has them.
-    pub post_norms: Option<PostNorms<V>>,
+    pub(crate) post_norms: Option<PostNorms<V>>,
     /// Query projection.
-    pub q: Linear<M, V>,
+    pub(crate) q: Linear<M, V>,
     /// Key projection.
-    pub k: Linear<M, V>,
+    pub(crate) k: Linear<M, V>,
     /// Value projection.
-    pub v: Linear<M, V>,
+    pub(crate) v: Linear<M, V>,
     /// Output projection.
-    pub o: Linear<M, V>,
+    pub(crate) o: Linear<M, V>,
     /// Norms of each q and k head, `[head_dim]`, where the network has them.
-    pub qk_norms: Option<[V; 2]>,
+    pub(crate) qk_norms: Option<[V; 2]>,
     /// The MLP.
-    pub mlp: LayerMlp<M, V>,
+    pub(crate) mlp: LayerMlp<M, V>,
 }
 
 /// Norms of a sandwich layer that come after its two halves.
 #[derive(Debug)]
-pub struct PostNorms<V = Vec<f32>> {
+pub(crate) struct PostNorms<V = Vec<f32>> {
     /// Of the attention's output, `[hidden_size]`.
-    pub attention: V,
+    pub(crate) attention: V,
     /// Of the MLP's output, `[hidden_size]`.
-    pub mlp: V,
+    pub(crate) mlp: V,
 }
 
 /// A projection.
 #[derive(Debug)]
-pub struct Linear<M = Weight, V = Vec<f32>> {
+pub(crate) struct Linear<M = Weight, V = Vec<f32>> {
     /// `[output width, input width]`.
-    pub weight: M,
+    pub(crate) weight: M,
     /// `[output width]`.
-    pub bias: Option<V>,
+    pub(crate) bias: Option<V>,
 }
 
 /// The MLP of a layer.
 #[derive(Debug)]
-pub enum LayerMlp<M = Weight, V = Vec<f32>> {
+pub(crate) enum LayerMlp<M = Weight, V = Vec<f32>> {
     /// One SwiGLU.
     Dense(Swiglu<M>),
     /// Routed experts and a shared one.
@@ -141,29 +141,32 @@ pub enum LayerMlp<M = Weight, V = Vec<f32>> {
 
 /// `down(silu(gate(x)) * up(x))`.
 #[derive(Debug)]
-pub struct Swiglu<M = Weight> {
+pub(crate) struct Swiglu<M = Weight> {
     /// Gate and up, `[intermediate_size, hidden_size]` each.
-    pub gate_up: [M; 2],
+    pub(crate) gate_up: [M; 2],
     /// `[hidden_size, intermediate_size]`.
-    pub down: M,
+    pub(crate) down: M,
 }
 
 /// Weights of a layer's experts.
 #[derive(Debug)]
-pub struct Experts<M = Weight, V = Vec<f32>> {
+pub(crate) struct Experts<M = Weight, V = Vec<f32>> {
     /// The router, `[num_experts, hidden_size]`.
-    pub router: M,
+    pub(crate) router: M,
     /// Learned factor of each expert's weight, `[num_experts]`.
-    pub router_scale: V,
+    pub(crate) router_scale: V,
     /// Routed experts in order; an expert group is a run of `experts_per_group`.
-    pub routed: Vec<Swiglu<M>>,
+    pub(crate) routed: Vec<Swiglu<M>>,
     /// The shared expert.
-    pub shared: Swiglu<M>,
+    pub(crate) shared: Swiglu<M>,
 }
 
 impl<M: Clone, V> Network<M, V> {
     /// Ask `source` for every tensor of the network that `config` describes.
-    pub fn build<S: TensorSource<Matrix = M, Vector = V>>(config: &ModelConfig, source: &mut S) -> Network<M, V> {
+    pub(crate) fn build<S: TensorSource<Matrix = M, Vector = V>>(
+        config: &ModelConfig,
+        source: &mut S,
+    ) -> Network<M, V> {
         let hidden = config.hidden_size;
         let embedding = source.matrix("model.embed_tokens.weight".to_owned(), config.vocab_size, hidden);
         let layers = (0..config.num_layers).map(|layer| Layer::build(config, layer, source)).collect();
@@ -376,7 +379,7 @@ impl Network {
     ///
     /// # Errors
     /// If a tensor is missing, unexpected, or of the wrong shape or type; all such tensors are listed.
-    pub fn load(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Network, CheckpointError> {
+    pub(crate) fn load(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Network, CheckpointError> {
         let problems = tensor_problems(config, checkpoint);
         if !problems.is_empty() {
             return Err(CheckpointError::Tensors { dir: checkpoint.dir().display().to_string(), problems });

@@ -1,0 +1,145 @@
+//! The router's choice: the best experts of every expert group.
+
+use moge_kernels::{Isa, softmax};
+
+use crate::{ExpertId, MoeConfig};
+
+/// One expert chosen for one token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Route {
+    /// The expert.
+    pub expert: ExpertId,
+    /// Factor of its output.
+    pub weight: f32,
+}
+
+/// Choose the best `top_k_per_group` experts of every expert group for one token.
+///
+/// Shapes: `logits`, `router_scale` `[num_experts]`; `routes` `[experts_per_token]`, expert group after expert group,
+/// inside each by falling probability. `weight = softmax(logits)[expert] * router_scale[expert]`: the softmax is over
+/// all experts, the choice is by its unscaled values, and nothing is renormalised after it (arXiv 2505.21411 §2.2;
+/// `router_scale` as the released weights use it). A tie goes to the lower expert id. NaN loses to any number.
+/// `logits` is left holding the softmax.
+///
+/// # Panics
+/// If a length differs from `config`.
+pub fn route_token(isa: Isa, config: &MoeConfig, logits: &mut [f32], router_scale: &[f32], routes: &mut [Route]) {
+    assert_eq!(logits.len(), config.num_experts);
+    assert_eq!(router_scale.len(), config.num_experts);
+    assert_eq!(routes.len(), config.experts_per_token());
+    softmax(isa, logits);
+    let probs = &*logits;
+    let group_size = config.experts_per_group();
+    for (group, chosen) in routes.chunks_exact_mut(config.top_k_per_group).enumerate() {
+        let candidates = group * group_size..(group + 1) * group_size;
+        for place in 0..chosen.len() {
+            let (taken, rest) = chosen.split_at_mut(place);
+            let free = candidates.clone().filter(|&e| taken.iter().all(|route| route.expert.0 as usize != e));
+            let is_better = |a: usize, b: usize| probs[a] > probs[b] || (probs[b].is_nan() && !probs[a].is_nan());
+            let best = free.reduce(|best, e| if is_better(e, best) { e } else { best });
+            let best = best.expect("top_k_per_group is at most the size of an expert group");
+            rest[0] = Route { expert: ExpertId(best as u32), weight: probs[best] * router_scale[best] };
+        }
+    }
+}
+
+/// The rows of a step sorted by expert, so that each expert's weights are read once. Reused from step to step.
+#[derive(Debug, Default)]
+pub(crate) struct Dispatch {
+    /// Dispatched rows of expert `e` are `offsets[e]..offsets[e + 1]`; `[num_experts + 1]`.
+    pub(crate) offsets: Vec<usize>,
+    /// Source row of each dispatched row, `[num_rows * experts_per_token]`.
+    pub(crate) source_rows: Vec<u32>,
+    /// Dispatched row of each choice, `[num_rows, experts_per_token]`.
+    pub(crate) slots: Vec<u32>,
+    /// Weight of each choice, `[num_rows, experts_per_token]`.
+    pub(crate) weights: Vec<f32>,
+}
+
+impl Dispatch {
+    /// Sort `routes` `[num_rows, experts_per_token]` by expert; rows of one expert stay in order.
+    pub(crate) fn sort(&mut self, config: &MoeConfig, routes: &[Route]) {
+        self.offsets.clear();
+        self.offsets.resize(config.num_experts + 1, 0);
+        for route in routes {
+            self.offsets[route.expert.0 as usize + 1] += 1;
+        }
+        for expert in 0..config.num_experts {
+            self.offsets[expert + 1] += self.offsets[expert];
+        }
+        self.source_rows.resize(routes.len(), 0);
+        self.slots.clear();
+        self.weights.clear();
+        // `offsets[e]` counts up while expert e is filled; afterwards each holds the start of the next: shift back.
+        for (choice, route) in routes.iter().enumerate() {
+            let next = &mut self.offsets[route.expert.0 as usize];
+            self.source_rows[*next] = (choice / config.experts_per_token()) as u32;
+            self.slots.push(*next as u32);
+            self.weights.push(route.weight);
+            *next += 1;
+        }
+        self.offsets.rotate_right(1);
+        self.offsets[0] = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONFIG: MoeConfig = MoeConfig {
+        num_experts: 10,
+        num_expert_groups: 2,
+        top_k_per_group: 3,
+        expert_intermediate_size: 1,
+        shared_intermediate_size: 1,
+    };
+
+    fn routes_of(logits: [f32; 10], scale: [f32; 10]) -> Vec<Route> {
+        let mut routes = [Route { expert: ExpertId(99), weight: 0.0 }; 6];
+        route_token(Isa::best(), &CONFIG, &mut logits.clone(), &scale, &mut routes);
+        routes.to_vec()
+    }
+
+    fn experts(routes: &[Route]) -> Vec<u32> {
+        routes.iter().map(|route| route.expert.0).collect()
+    }
+
+    #[test]
+    fn each_expert_group_gives_its_best_by_unscaled_probability() {
+        let logits = [0.1, 0.5, 0.3, -1.0, 0.4, 3.0, 9.0, 1.0, 2.0, 0.0];
+        let mut scale = [1.0; 10];
+        scale[3] = 1e6; // would win if the scale came before the choice
+        let routes = routes_of(logits, scale);
+        assert_eq!(experts(&routes), [1, 4, 2, 6, 5, 8]);
+        let sum: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
+        for route in routes {
+            let p = f64::from(logits[route.expert.0 as usize]).exp() / sum;
+            assert!((f64::from(route.weight) - p).abs() < 1e-7);
+        }
+    }
+
+    #[test]
+    fn ties_and_nans_go_to_the_lower_expert() {
+        assert_eq!(experts(&routes_of([1.0; 10], [1.0; 10])), [0, 1, 2, 5, 6, 7]);
+        assert_eq!(experts(&routes_of([f32::NAN; 10], [1.0; 10])), [0, 1, 2, 5, 6, 7]);
+        let mut some = [f32::NEG_INFINITY; 10];
+        some[4] = 0.0;
+        assert_eq!(experts(&routes_of(some, [1.0; 10])), [4, 0, 1, 5, 6, 7]);
+    }
+
+    #[test]
+    fn dispatch_sorts_rows_by_expert_and_finds_them_again() {
+        let route = |expert, weight| Route { expert: ExpertId(expert), weight };
+        let config = MoeConfig { num_experts: 4, num_expert_groups: 1, top_k_per_group: 2, ..CONFIG };
+        let routes = [route(3, 0.1), route(1, 0.2), route(1, 0.3), route(0, 0.4), route(3, 0.5), route(1, 0.6)];
+        let mut dispatch = Dispatch::default();
+        for _ in 0..2 {
+            dispatch.sort(&config, &routes);
+            assert_eq!(dispatch.offsets, [0, 1, 4, 4, 6]);
+            assert_eq!(dispatch.source_rows, [1, 0, 1, 2, 0, 2]);
+            assert_eq!(dispatch.slots, [4, 1, 2, 0, 5, 3]);
+            assert_eq!(dispatch.weights, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]);
+        }
+    }
+}

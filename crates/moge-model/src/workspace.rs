@@ -1,0 +1,217 @@
+//! Scratch memory of a step, and what a step leaves for its caller.
+
+use moge_kernels::{ActivationType, AttentionLimits, AttentionScratch, rope_angles};
+
+use crate::router::{Dispatch, Route};
+use crate::{BLOCK_SIZE, Batch, ExpertId, MlpConfig, ModelConfig};
+
+/// Scratch memory of a step. Allocated once: a step only changes lengths, within the capacity reserved here.
+#[derive(Debug)]
+pub struct Workspace {
+    pub(crate) activation: ActivationType,
+    pub(crate) num_rows: usize,
+    limits: StepLimits,
+    widths: Widths,
+    pub(crate) tokens: Vec<u32>,
+    positions: Vec<u32>,
+    /// Cosines and sines of the rows' RoPE angles, `[num_rows, rotary_dim / 2]`.
+    pub(crate) cos: Vec<f32>,
+    pub(crate) sin: Vec<f32>,
+    /// Residual stream, `[num_rows, hidden_size]`.
+    pub(crate) hidden: Vec<f32>,
+    /// Normed residual stream: what the projections read, `[num_rows, hidden_size]`.
+    pub(crate) normed: Vec<f32>,
+    pub(crate) q: Vec<f32>,
+    pub(crate) k: Vec<f32>,
+    pub(crate) v: Vec<f32>,
+    /// Attention's output before the output projection, `[num_rows, num_q_heads * head_dim]`.
+    pub(crate) attention: Vec<f32>,
+    pub(crate) attention_scratch: AttentionScratch,
+    /// Output of a projection back to the residual stream, `[num_rows, hidden_size]`.
+    pub(crate) projected: Vec<f32>,
+    pub(crate) router_logits: Vec<f32>,
+    pub(crate) routes: Vec<Route>,
+    pub(crate) dispatch: Dispatch,
+    /// Inner activations of an MLP: of the shared expert, then of the routed ones.
+    pub(crate) inner: Vec<f32>,
+    /// Output of the routed experts, `[num_rows * experts_per_token, hidden_size]`.
+    pub(crate) expert_out: Vec<f32>,
+    pub(crate) logits: Vec<f32>,
+    trace: Option<Trace>,
+}
+
+/// What a step did inside, recorded if [`Workspace::record_trace`] asked for it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Trace {
+    /// Residual stream before each layer and after the last: `num_layers + 1` times `[num_rows, hidden_size]`.
+    pub hidden: Vec<Vec<f32>>,
+    /// Choices of each routed layer: `[num_rows, experts_per_token]`.
+    pub routes: Vec<Vec<Route>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Widths {
+    hidden: usize,
+    q: usize,
+    kv: usize,
+    experts: usize,
+    experts_per_token: usize,
+    /// Inner activations of the widest MLP.
+    inner: usize,
+    vocab: usize,
+}
+
+/// The largest step that a workspace serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepLimits {
+    /// Rows.
+    pub max_rows: usize,
+    /// Rows that want logits.
+    pub max_logit_rows: usize,
+    /// Tokens of a sequence.
+    pub max_context: usize,
+    /// Threads of the [`moge_kernels::Cpu`].
+    pub num_threads: usize,
+}
+
+impl StepLimits {
+    fn attention(self, config: &ModelConfig) -> AttentionLimits {
+        AttentionLimits {
+            num_threads: self.num_threads,
+            max_rows: self.max_rows,
+            max_context: self.max_context,
+            num_q_heads: config.num_q_heads,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+        }
+    }
+}
+
+impl Widths {
+    fn new(config: &ModelConfig) -> Widths {
+        let (experts, experts_per_token, inner) = match &config.mlp {
+            MlpConfig::Dense { intermediate_size } => (0, 0, *intermediate_size),
+            MlpConfig::GroupedExperts(moe) => {
+                let routed = moe.experts_per_token() * moe.expert_intermediate_size;
+                (moe.num_experts, moe.experts_per_token(), routed.max(moe.shared_intermediate_size))
+            }
+        };
+        Widths {
+            hidden: config.hidden_size,
+            q: config.q_size(),
+            kv: config.kv_size(),
+            experts,
+            experts_per_token,
+            inner,
+            vocab: config.vocab_size,
+        }
+    }
+
+    /// Numbers of a row in all buffers together.
+    fn row(self) -> usize {
+        3 * self.hidden + 2 * (self.q + self.kv) + self.experts + self.inner + self.experts_per_token * self.hidden
+    }
+}
+
+impl Workspace {
+    /// Scratch for steps within `limits`.
+    pub fn new(config: &ModelConfig, activation: ActivationType, limits: StepLimits) -> Workspace {
+        let widths = Widths::new(config);
+        let rows = |width: usize| Vec::with_capacity(limits.max_rows * width);
+        Workspace {
+            activation,
+            num_rows: 0,
+            limits,
+            widths,
+            tokens: Vec::with_capacity(limits.max_rows),
+            positions: Vec::with_capacity(limits.max_rows),
+            cos: rows(config.rope.rotary_dim / 2),
+            sin: rows(config.rope.rotary_dim / 2),
+            hidden: rows(widths.hidden),
+            normed: rows(widths.hidden),
+            q: rows(widths.q),
+            k: rows(widths.kv),
+            v: rows(widths.kv),
+            attention: rows(widths.q),
+            attention_scratch: AttentionScratch::new(limits.attention(config)),
+            projected: rows(widths.hidden),
+            router_logits: rows(widths.experts),
+            routes: Vec::with_capacity(limits.max_rows * widths.experts_per_token),
+            dispatch: Dispatch::default(),
+            inner: rows(widths.inner),
+            expert_out: rows(widths.experts_per_token * widths.hidden),
+            logits: Vec::with_capacity(limits.max_logit_rows * widths.vocab),
+            trace: None,
+        }
+    }
+
+    /// Bytes that [`Workspace::new`] would reserve, small lists left out.
+    pub fn bytes(config: &ModelConfig, limits: StepLimits) -> u64 {
+        let numbers = limits.max_rows * Widths::new(config).row() + limits.max_logit_rows * config.vocab_size;
+        4 * numbers as u64 + limits.attention(config).scratch_bytes() as u64
+    }
+
+    /// Logits of the last step, `[num_logit_rows, vocab_size]`, in the order of [`Batch::logit_rows`].
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// Record hidden states and expert choices from the next step on. Costs memory and time: for tests and analysis.
+    pub fn record_trace(&mut self) {
+        self.trace = Some(Trace::default());
+    }
+
+    /// What the last step recorded.
+    pub fn trace(&self) -> Option<&Trace> {
+        self.trace.as_ref()
+    }
+
+    pub(crate) fn begin(&mut self, batch: &Batch, inverse_frequencies: &[f32]) {
+        self.num_rows = batch.num_rows();
+        let (num_rows, widths) = (self.num_rows, self.widths);
+        let limits = self.limits;
+        assert!(num_rows <= limits.max_rows, "{num_rows} rows in a workspace of {}", limits.max_rows);
+        assert!(batch.logit_rows.len() <= limits.max_logit_rows, "more logits wanted than the workspace holds");
+        assert_eq!(batch.sequences.iter().map(|s| s.num_rows).sum::<usize>(), num_rows, "rows of the sequences");
+        self.tokens.clear();
+        self.tokens.extend(batch.tokens.iter().map(|token| token.0));
+        self.positions.clear();
+        for sequence in &batch.sequences {
+            let end = sequence.first_position + sequence.num_rows;
+            assert!(end <= sequence.block_table.len() * BLOCK_SIZE, "block table too short");
+            self.positions.extend((sequence.first_position..end).map(|position| position as u32));
+        }
+        for buffer in [&mut self.cos, &mut self.sin] {
+            buffer.resize(num_rows * inverse_frequencies.len(), 0.0);
+        }
+        rope_angles(&mut self.cos, &mut self.sin, &self.positions, inverse_frequencies);
+        for buffer in [&mut self.hidden, &mut self.normed, &mut self.projected] {
+            buffer.resize(num_rows * widths.hidden, 0.0);
+        }
+        for buffer in [&mut self.q, &mut self.attention] {
+            buffer.resize(num_rows * widths.q, 0.0);
+        }
+        for buffer in [&mut self.k, &mut self.v] {
+            buffer.resize(num_rows * widths.kv, 0.0);
+        }
+        self.router_logits.resize(num_rows * widths.experts, 0.0);
+        self.routes.resize(num_rows * widths.experts_per_token, Route { expert: ExpertId(0), weight: 0.0 });
+        self.expert_out.resize(num_rows * widths.experts_per_token * widths.hidden, 0.0);
+        self.logits.resize(batch.logit_rows.len() * widths.vocab, 0.0);
+        if let Some(trace) = &mut self.trace {
+            *trace = Trace::default();
+        }
+    }
+
+    pub(crate) fn trace_hidden(&mut self) {
+        if let Some(trace) = &mut self.trace {
+            trace.hidden.push(self.hidden.clone());
+        }
+    }
+
+    pub(crate) fn trace_routes(&mut self) {
+        if let Some(trace) = &mut self.trace {
+            trace.routes.push(self.routes.clone());
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! A sequence's logits are the same bits alone, among others, in any chunks, and with any number of threads.
+
+mod common;
+
+use common::Golden;
+use moge_model::{
+    ActivationType, BLOCK_SIZE, Batch, BlockId, Cpu, Isa, KvCache, Model, SequenceRows, StepLimits, TokenId, Workspace,
+};
+
+/// A sequence that a test feeds in chunks.
+struct Feed {
+    tokens: Vec<TokenId>,
+    computed: usize,
+    block_table: Vec<BlockId>,
+    logits: Vec<f32>,
+}
+
+/// The sequence under test, then `num_others` of different lengths; blocks of all are their own.
+fn feeds(tokens: &[TokenId], num_others: usize, vocab_size: u32) -> Vec<Feed> {
+    let mut next_block = 0;
+    let mut feed = |tokens: Vec<TokenId>| {
+        let num_blocks = tokens.len().div_ceil(BLOCK_SIZE) as u32;
+        let block_table = (next_block..next_block + num_blocks).rev().map(BlockId).collect();
+        next_block += num_blocks;
+        Feed { tokens, computed: 0, block_table, logits: Vec::new() }
+    };
+    let other = |i: u32| (0..5 + 7 * i).map(|t| TokenId((t * 31 + i * 17) % vocab_size)).collect();
+    let others: Vec<Vec<TokenId>> = (0..num_others as u32).map(other).collect();
+    std::iter::once(tokens.to_vec()).chain(others).map(&mut feed).collect()
+}
+
+/// Logits of the first sequence at every position. In each step a sequence brings up to `chunk(step)` rows.
+fn run(
+    model: &Model,
+    activation: ActivationType,
+    num_threads: usize,
+    mut feeds: Vec<Feed>,
+    chunk: impl Fn(usize) -> usize,
+) -> Vec<f32> {
+    let cpu = Cpu::new(Isa::best(), num_threads);
+    let num_blocks = feeds.iter().map(|feed| feed.block_table.len()).sum();
+    let max_rows = feeds.iter().map(|feed| feed.tokens.len()).sum();
+    let mut kv_cache = KvCache::new(model.config(), activation, num_blocks);
+    let limits = StepLimits { max_rows, max_logit_rows: max_rows, max_context: max_rows, num_threads };
+    let mut work = Workspace::new(model.config(), activation, limits);
+    for step in 0.. {
+        let mut batch = Batch::default();
+        let mut wanted = 0;
+        // The sequence under test stands at another place of the batch in every step.
+        let num_feeds = feeds.len();
+        for i in (0..num_feeds).map(|i| (i + step) % num_feeds) {
+            let feed = &mut feeds[i];
+            let num_rows = chunk(step + i).min(feed.tokens.len() - feed.computed);
+            if num_rows == 0 {
+                continue;
+            }
+            if i == 0 {
+                let first = batch.num_rows() as u32;
+                batch.logit_rows = (first..first + num_rows as u32).collect();
+                wanted = num_rows;
+            }
+            batch.tokens.extend(&feed.tokens[feed.computed..][..num_rows]);
+            let block_table = feed.block_table.clone();
+            batch.sequences.push(SequenceRows { num_rows, first_position: feed.computed, block_table });
+            feed.computed += num_rows;
+        }
+        if batch.sequences.is_empty() {
+            break;
+        }
+        model.forward(&cpu, &batch, &mut kv_cache, &mut work);
+        assert_eq!(work.logits().len(), wanted * model.config().vocab_size);
+        feeds[0].logits.extend_from_slice(work.logits());
+    }
+    feeds.swap_remove(0).logits
+}
+
+fn bits(logits: &[f32]) -> Vec<u32> {
+    logits.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn logits_do_not_depend_on_batch_chunks_or_threads() {
+    for case in ["pangu-pro-moe-v1", "pangu-pro-moe-k2", "qwen3", "glm4"] {
+        let golden = Golden::load(case);
+        let (model, tokens) = (&golden.model, golden.tokens("tokens"));
+        let vocab_size = model.config().vocab_size as u32;
+        for activation in [ActivationType::F32, ActivationType::Bf16] {
+            let alone = run(model, activation, 1, feeds(&tokens, 0, vocab_size), |_| usize::MAX);
+            assert_eq!(alone.len(), tokens.len() * model.config().vocab_size);
+            let chunkings: [(&str, fn(usize) -> usize); 4] = [
+                ("whole", |_| usize::MAX),
+                ("one by one", |_| 1),
+                ("sevens", |_| 7),
+                ("uneven", |step| [1, 13, 2, 33, 5][step % 5]),
+            ];
+            for (name, chunk) in chunkings {
+                for (num_threads, num_others) in [(1, 0), (2, 0), (3, 0), (1, 16), (2, 16), (3, 16)] {
+                    let feeds = feeds(&tokens, num_others, vocab_size);
+                    let together = run(model, activation, num_threads, feeds, chunk);
+                    let what = format!("{case} {activation:?}, {name}, {num_threads} threads, {num_others} others");
+                    assert!(bits(&together) == bits(&alone), "{what}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_context_of_several_attention_chunks_gives_the_same_bits_however_it_is_fed() {
+    let golden = Golden::load("pangu-pro-moe-k2");
+    let model = &golden.model;
+    let vocab_size = model.config().vocab_size as u32;
+    let tokens: Vec<TokenId> = (0..700).map(|t| TokenId(t * 7 % vocab_size)).collect();
+    let whole = run(model, ActivationType::F32, 1, feeds(&tokens, 0, vocab_size), |_| usize::MAX);
+    let chunked = run(model, ActivationType::F32, 2, feeds(&tokens, 3, vocab_size), |_| 67);
+    assert!(bits(&chunked) == bits(&whole), "prefill in chunks of 67");
+    let decoded =
+        run(model, ActivationType::F32, 3, feeds(&tokens, 0, vocab_size), |step| if step == 0 { 650 } else { 1 });
+    assert!(bits(&decoded) == bits(&whole), "the last 50 tokens one by one");
+}
