@@ -1,9 +1,8 @@
 use std::collections::BTreeMap;
 
-use super::random::TensorRng;
 use super::*;
 use crate::checkpoint::{Checkpoint, LoadMode};
-use crate::config::{MlpConfig, MoeConfig};
+use crate::config::MlpConfig;
 use crate::weights::tensor_problems;
 
 fn preset(architecture: Architecture, name: &str) -> SynthConfig {
@@ -171,67 +170,4 @@ fn an_interrupted_checkpoint_is_not_taken_for_one() {
     });
     assert!(interrupted.is_err());
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
-}
-
-/// Numbers of a tensor as the checkpoint has them.
-fn tensor(config: &SynthConfig, name: &str, shape: &[usize]) -> Vec<f32> {
-    let distribution = weights::distribution(&config.model_config().unwrap(), name, shape);
-    let bytes = TensorRng::new(config.seed, name).bytes(Dtype::F32, distribution, 0, shape.iter().product());
-    bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
-}
-
-#[test]
-fn routing_is_near_uniform_inside_every_expert_group() {
-    const NUM_TOKENS: usize = 4096;
-    let config = preset(Architecture::PanguProMoe, "tiny");
-    let MlpConfig::GroupedExperts(moe) = config.model_config().unwrap().mlp else { panic!("no experts") };
-    let hidden = config.hidden_size;
-    let inputs = normalized_inputs(NUM_TOKENS, hidden);
-    for layer in 0..config.num_layers {
-        let router = tensor(&config, &format!("model.layers.{layer}.mlp.gate.weight"), &[moe.num_experts, hidden]);
-        let mut num_tokens = vec![0; moe.num_experts];
-        for input in inputs.chunks(hidden) {
-            for expert in best_of_every_expert_group(&moe, &router, input) {
-                num_tokens[expert] += 1;
-            }
-        }
-        let fair_share = NUM_TOKENS / moe.experts_per_group();
-        let most = num_tokens.iter().max().copied().unwrap();
-        let least = num_tokens.iter().min().copied().unwrap();
-        // A narrow router's rows differ in length by chance, hence in their share; wide ones are closer to equal.
-        assert!(most < fair_share * 3 / 2 && least > fair_share / 2, "layer {layer}: {num_tokens:?}");
-    }
-}
-
-/// Random rows `[num_tokens, hidden]` of mean square one.
-fn normalized_inputs(num_tokens: usize, hidden: usize) -> Vec<f32> {
-    let unit = random::Uniform::with_deviation(1.0);
-    let bytes = TensorRng::new(11, "inputs").bytes(Dtype::F32, unit, 0, num_tokens * hidden);
-    let mut inputs: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-    for row in inputs.chunks_mut(hidden) {
-        let root_mean_square = (row.iter().map(|x| x * x).sum::<f32>() / hidden as f32).sqrt();
-        row.iter_mut().for_each(|x| *x /= root_mean_square);
-    }
-    inputs
-}
-
-fn best_of_every_expert_group(moe: &MoeConfig, router: &[f32], input: &[f32]) -> Vec<usize> {
-    let logit = |row: &[f32]| row.iter().zip(input).map(|(w, x)| w * x).sum::<f32>();
-    let logits: Vec<f32> = router.chunks(input.len()).map(logit).collect();
-    let best = |group: usize| {
-        let experts = group * moe.experts_per_group()..(group + 1) * moe.experts_per_group();
-        experts.max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap()
-    };
-    (0..moe.num_expert_groups).map(best).collect()
-}
-
-#[test]
-fn projections_keep_the_variance_of_their_input() {
-    let config = preset(Architecture::PanguProMoe, "small");
-    let hidden = config.hidden_size;
-    let weight = tensor(&config, "model.layers.1.self_attn.q_proj.weight", &[hidden, hidden]);
-    let input = normalized_inputs(1, hidden);
-    let output = weight.chunks(hidden).map(|row| row.iter().zip(&input).map(|(w, x)| w * x).sum::<f32>());
-    let mean_square = output.map(|y| y * y).sum::<f32>() / hidden as f32;
-    assert!((0.7..1.4).contains(&mean_square), "{mean_square}");
 }

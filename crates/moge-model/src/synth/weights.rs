@@ -31,6 +31,10 @@ pub(super) fn distribution(config: &ModelConfig, name: &str, shape: &[usize]) ->
     if ends_with(&[".router_scale"]) {
         return Uniform { mean: 1.0, amplitude: 0.5 };
     }
+    // What every token gets alike moves all of them towards the same experts: it must stay small.
+    if ends_with(&["o_proj.bias"]) {
+        return Uniform { mean: 0.0, amplitude: 0.1 * per_addition };
+    }
     if ends_with(&[".bias"]) {
         return Uniform { mean: 0.0, amplitude: 0.1 };
     }

@@ -105,6 +105,7 @@ fn tokenizer_config(architecture: Architecture) -> Value {
         Architecture::PanguProMoe | Architecture::PanguEmbedded => json!({
             "add_bos_token": true,
             "add_eos_token": false,
+            "additional_special_tokens": ["</s>"],
             "bos_token": "<s>",
             "clean_up_tokenization_spaces": false,
             "eos_token": sentencepiece::END_OF_TURN,
