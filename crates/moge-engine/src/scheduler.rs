@@ -101,13 +101,12 @@ impl Scheduler {
     /// # Errors
     /// [`AdmitError`] if it is invalid, could never run, or the queue is full.
     pub fn add_request(&mut self, request: Request) -> Result<SeqId, AdmitError> {
+        request.validate(self.config.vocab_size, self.config.max_sequence_tokens)?;
         let Request { prompt, sampling } = request;
-        sampling.validate(self.config.vocab_size)?;
         if self.tokenizer.is_none() && !sampling.stop.is_empty() {
             let (value, allowed) = (format!("{:?}", sampling.stop), "empty, as the model has no tokenizer".to_owned());
             return Err(AdmitError::InvalidParameter { field: "stop", value, allowed });
         }
-        self.check_prompt(&prompt)?;
         let max_tokens = self.max_tokens(prompt.len(), sampling.max_tokens)?;
         if self.waiting.len() >= self.config.max_waiting {
             return Err(AdmitError::QueueFull { max_waiting: self.config.max_waiting });
@@ -250,21 +249,6 @@ impl Scheduler {
         let sequence = self.waiting.pop_front()?;
         self.running.push(Sequence { block_table, ..sequence });
         self.running.last()
-    }
-
-    fn check_prompt(&self, prompt: &[TokenId]) -> Result<(), AdmitError> {
-        let vocab_size = self.config.vocab_size;
-        if prompt.is_empty() {
-            return Err(AdmitError::EmptyPrompt);
-        }
-        if prompt.len() >= self.config.max_sequence_tokens {
-            let max_tokens = self.config.max_sequence_tokens.saturating_sub(1);
-            return Err(AdmitError::PromptTooLong { num_tokens: prompt.len(), max_tokens });
-        }
-        match prompt.iter().position(|token| token.0 as usize >= vocab_size) {
-            Some(index) => Err(AdmitError::TokenOutOfVocabulary { index, token: prompt[index].0, vocab_size }),
-            None => Ok(()),
-        }
     }
 
     /// How many tokens may follow a prompt: as many as asked for, but not past the end of the context. With nothing

@@ -163,7 +163,10 @@ pub(crate) struct Experts<M = Weight, V = Vec<f32>> {
 
 impl<M: Clone, V> Network<M, V> {
     /// Ask `source` for every tensor of the network that `config` describes.
-    pub(crate) fn build<S: TensorSource<Matrix = M, Vector = V>>(config: &ModelConfig, source: &mut S) -> Network<M, V> {
+    pub(crate) fn build<S: TensorSource<Matrix = M, Vector = V>>(
+        config: &ModelConfig,
+        source: &mut S,
+    ) -> Network<M, V> {
         let hidden = config.hidden_size;
         let embedding = source.matrix("model.embed_tokens.weight".to_owned(), config.vocab_size, hidden);
         let layers = (0..config.num_layers).map(|layer| Layer::build(config, layer, source)).collect();
