@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use moge_model::{ActivationType, Cpu, KvCache, Model, TokenId, Tokenizer, Workspace};
+use moge_model::{ActivationType, Cpu, KvCache, Model, ModelConfig, TokenId, Tokenizer, Workspace};
 
 use crate::logprobs::row_logprobs;
 use crate::sampler::Sampler;
@@ -25,6 +25,21 @@ pub struct EngineConfig {
     pub eos_token_ids: Vec<TokenId>,
 }
 
+impl EngineConfig {
+    /// What the scheduler allows with a model like this.
+    pub fn scheduler(&self, model: &ModelConfig) -> SchedulerConfig {
+        SchedulerConfig {
+            vocab_size: model.vocab_size,
+            max_sequence_tokens: model.max_position_embeddings,
+            num_blocks: self.num_blocks,
+            max_batched_tokens: self.max_batched_tokens,
+            max_running: self.max_running,
+            max_waiting: self.max_waiting,
+            eos_token_ids: self.eos_token_ids.clone(),
+        }
+    }
+}
+
 /// A model, its KV cache, and the requests it works on.
 pub struct Engine {
     model: Model,
@@ -39,17 +54,9 @@ impl Engine {
     /// Allocate KV cache and workspace for `model`. Without a tokenizer all text is empty and stop strings are refused.
     ///
     /// # Panics
-    /// If `max_batched_tokens` or `max_running` is 0.
-    pub fn new(model: Model, cpu: Cpu, tokenizer: Option<Arc<Tokenizer>>, config: EngineConfig) -> Engine {
-        let scheduler_config = SchedulerConfig {
-            vocab_size: model.config().vocab_size,
-            max_sequence_tokens: model.config().max_position_embeddings,
-            num_blocks: config.num_blocks,
-            max_batched_tokens: config.max_batched_tokens,
-            max_running: config.max_running,
-            max_waiting: config.max_waiting,
-            eos_token_ids: config.eos_token_ids,
-        };
+    /// As [`Scheduler::new`].
+    pub fn new(model: Model, cpu: Cpu, tokenizer: Option<Arc<Tokenizer>>, config: &EngineConfig) -> Engine {
+        let scheduler_config = config.scheduler(model.config());
         let max_logit_rows = scheduler_config.max_logit_rows();
         Engine {
             kv_cache: KvCache::new(model.config(), config.activation, config.num_blocks),
@@ -100,7 +107,11 @@ impl Engine {
 }
 
 /// Turn the logits of `step`, `[num_logit_rows, vocab_size]`, into log-probabilities of prompt tokens and new tokens.
+///
+/// # Panics
+/// If `logits` has another length.
 fn sample(sampler: &mut Sampler, scheduler: &Scheduler, step: &Step, logits: &[f32]) -> Vec<SequenceResult> {
+    assert_eq!(logits.len(), step.batch.logit_rows.len() * scheduler.vocab_size());
     let mut logits = logits.chunks_exact(scheduler.vocab_size());
     let scheduled = step.sequences.iter().zip(&step.batch.sequences);
     scheduled
