@@ -1,6 +1,7 @@
 //! The network: checkpoint files to weights to logits. Knows nothing of requests.
 
 mod batch;
+mod chat_template;
 mod config;
 mod generation_config;
 mod ids;
@@ -9,6 +10,7 @@ mod model;
 pub mod tokenizer;
 
 pub use batch::Batch;
+pub use chat_template::{ChatRequest, ChatTemplate, ChatTemplateError, Thinking, thinking_delimiters, thinking_tokens};
 pub use config::{Architecture, ConfigError, MlpConfig, ModelConfig, MoeConfig, NormPlacement, RopeConfig};
 pub use generation_config::{GenerationDefaults, GenerationDefaultsError};
 pub use ids::{ExpertId, TokenId};

@@ -110,7 +110,7 @@ pub struct Tokenizer {
 }
 
 enum Vocabulary {
-    ByteLevel(ByteLevelBpe),
+    ByteLevel(Box<ByteLevelBpe>),
     SentencePiece { model: SentencePiece, special: SpecialTokens },
 }
 
@@ -127,7 +127,7 @@ impl Tokenizer {
         }
         let model = dir.join("tokenizer.model");
         if let Some(bytes) = read_optional(&model)? {
-            return Self::from_sentencepiece(&bytes, &model.display().to_string(), files);
+            return Self::from_sentencepiece(&bytes, &model.display().to_string(), &files);
         }
         Err(TokenizerError::Missing { dir: dir.display().to_string() })
     }
@@ -137,14 +137,14 @@ impl Tokenizer {
         let id_of = |field| named_id(files, field, |text| bpe.id_of(text));
         let (bos_id, eos_id) = (id_of("bos_token")?, id_of("eos_token")?);
         let prefix = bpe.prefix().to_vec();
-        Ok(Self { file: file.to_owned(), vocabulary: Vocabulary::ByteLevel(bpe), prefix, bos_id, eos_id })
+        Ok(Self { file: file.to_owned(), vocabulary: Vocabulary::ByteLevel(Box::new(bpe)), prefix, bos_id, eos_id })
     }
 
-    fn from_sentencepiece(bytes: &[u8], file: &str, files: TokenizerFiles) -> Result<Self, TokenizerError> {
+    fn from_sentencepiece(bytes: &[u8], file: &str, files: &TokenizerFiles) -> Result<Self, TokenizerError> {
         let model = SentencePiece::from_bytes(bytes, file)?;
-        let added = resolve_added_tokens(&model, &files)?;
+        let added = resolve_added_tokens(&model, files)?;
         let special = SpecialTokens::new(added);
-        let id_of = |field| named_id(&files, field, |text| special.id_of(text));
+        let id_of = |field| named_id(files, field, |text| special.id_of(text));
         let bos_id = id_of("bos_token")?.or(model.bos_id());
         let eos_id = id_of("eos_token")?.or(model.eos_id());
         if files.add_eos_token {
@@ -267,13 +267,6 @@ impl Tokenizer {
                 Err(TokenizerError::DoesNotFit { file: self.file.clone(), id, piece, vocab_size })
             }
         }
-    }
-
-    /// Tokens around the model's thinking, where each is a single token: `[unused16]` and `[unused17]` for Pangu,
-    /// `<think>` and `</think>` for the others.
-    pub fn thinking_tokens(&self) -> Option<(TokenId, TokenId)> {
-        let pair = |open, close| Some((self.id_of(open)?, self.id_of(close)?));
-        pair("<think>", "</think>").or_else(|| pair("[unused16]", "[unused17]"))
     }
 
     /// Append the bytes of one token to those before it.

@@ -7,6 +7,7 @@ use tempfile::TempDir;
 
 use super::sentencepiece::{ModelProto, NormalizerSpec, Piece, PieceKind, TrainerSpec};
 use super::*;
+use crate::{Architecture, thinking_tokens};
 
 fn golden_dir(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../goldens/tokenizer_json").join(name)
@@ -182,9 +183,11 @@ fn end_of_sequence_is_the_union_of_all_files() {
 fn thinking_is_marked_by_single_tokens_where_the_vocabulary_has_them() {
     let [(_, qwen3), (_, glm4)] = golden_tokenizers();
     let pangu = load_pangu();
-    assert_eq!(qwen3.thinking_tokens(), Some((id(&qwen3, "<think>"), id(&qwen3, "</think>"))));
-    assert_eq!(glm4.thinking_tokens(), None);
-    assert_eq!(pangu.thinking_tokens(), Some((id(&pangu, "[unused16]"), id(&pangu, "[unused17]"))));
+    let expected = Some((id(&qwen3, "<think>"), id(&qwen3, "</think>")));
+    assert_eq!(thinking_tokens(&qwen3, Architecture::Qwen3), expected);
+    assert_eq!(thinking_tokens(&glm4, Architecture::Glm4), None);
+    let expected = Some((id(&pangu, "[unused16]"), id(&pangu, "[unused17]")));
+    assert_eq!(thinking_tokens(&pangu, Architecture::PanguProMoe), expected);
 }
 
 #[test]

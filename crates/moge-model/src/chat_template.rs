@@ -1,0 +1,409 @@
+//! Chat messages to a prompt, by the checkpoint's own Jinja template.
+//!
+//! Templates are written for Jinja2 as `transformers` sets it up, and come from strangers: what one may do is bounded
+//! by fuel, which pays for every step and every byte it makes.
+
+mod strftime;
+mod tojson;
+
+use std::path::Path;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Value as JinjaValue;
+use minijinja::{AutoEscape, Environment, ErrorKind, State};
+use serde_json::{Map, Value};
+use thiserror::Error;
+
+use crate::tokenizer::files::{TokenizerFiles, read_optional};
+use crate::{Architecture, TokenId, Tokenizer, TokenizerError};
+
+/// Pangu's chat format; its first checkpoints state it in prose only.
+const PANGU_TEMPLATE: &str = include_str!("chat_template/pangu.jinja");
+
+/// What a user's text ends with to ask Pangu for an answer without thinking.
+const NO_THINK: &str = " /no_think";
+
+/// The longest template taken, in bytes; known ones have less than 20 000.
+const MAX_TEMPLATE_BYTES: usize = 1 << 20;
+
+/// Work that a render may do whatever its input: about a million steps, or 64 MB of text.
+const FUEL: u64 = 1_000_000;
+
+/// Work that each byte of input adds: a short message of 40 bytes allows 320 steps.
+const FUEL_PER_INPUT_BYTE: u64 = 8;
+
+/// How deep macros and includes may call one another; each level takes some KB of stack.
+const MAX_RECURSION: usize = 100;
+
+/// The name of the template that is used unless another is asked for.
+const DEFAULT: &str = "default";
+
+/// The name of the template that is used if there are tools, where a checkpoint has a separate one.
+const TOOL_USE: &str = "tool_use";
+
+/// Whether the model is to think before it answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Thinking {
+    /// As the template does by itself.
+    #[default]
+    Default,
+    /// Ask for it (`enable_thinking` is true).
+    On,
+    /// Ask it not to (`enable_thinking` is false; Pangu's last user text ends in ` /no_think`).
+    Off,
+}
+
+/// What a template is rendered with.
+#[derive(Clone, Debug, Default)]
+pub struct ChatRequest<'a> {
+    /// Objects with `role`, `content` (a string or a list of parts), perhaps `tool_calls`, `reasoning_content`, ...
+    pub messages: &'a [Value],
+    /// Descriptions of the functions that the model may call.
+    pub tools: &'a [Value],
+    /// End with what begins the assistant's next turn.
+    pub add_generation_prompt: bool,
+    /// Whether the model is to think before it answers.
+    pub thinking: Thinking,
+    /// Further variables for the template.
+    pub kwargs: Map<String, Value>,
+}
+
+/// Why a chat template cannot be loaded or rendered.
+#[derive(Debug, Error)]
+pub enum ChatTemplateError {
+    /// A file cannot be read, or is damaged.
+    #[error(transparent)]
+    File(#[from] TokenizerError),
+    /// The checkpoint brings no template and none is known for its network.
+    #[error(
+        "{dir}: no chat template: there is no chat_template.jinja and no `chat_template` in tokenizer_config.json, \
+         and {architecture:?} has no built-in one"
+    )]
+    Missing {
+        /// The directory.
+        dir: String,
+        /// The network.
+        architecture: Architecture,
+    },
+    /// `chat_template` in `tokenizer_config.json` is not what it should be.
+    #[error("{file}: chat_template: {problem}")]
+    Field {
+        /// The file's path.
+        file: String,
+        /// What was found and what is allowed.
+        problem: String,
+    },
+    /// The template is not Jinja.
+    #[error("{file}: line {line}: {problem}")]
+    Syntax {
+        /// The file's path.
+        file: String,
+        /// The line in the template.
+        line: usize,
+        /// What is wrong there.
+        problem: String,
+    },
+    /// A message is no object with a role.
+    #[error("messages[{index}]: {problem}")]
+    Message {
+        /// Which message, from 0.
+        index: usize,
+        /// What was found and what is allowed.
+        problem: &'static str,
+    },
+    /// The template called `raise_exception`: it does not accept these messages.
+    #[error("{file}: the chat template refuses the messages: {message}")]
+    Raised {
+        /// The file's path.
+        file: String,
+        /// What the template says.
+        message: String,
+    },
+    /// The template loops for ever, or makes far more text than its input justifies.
+    #[error("{file}: the chat template does too much work; allowed: {fuel} units of fuel for this input")]
+    TooMuchWork {
+        /// The file's path.
+        file: String,
+        /// Steps that were allowed; 64 bytes of text count as one.
+        fuel: u64,
+    },
+    /// The template fails with these messages.
+    #[error("{file}: line {line}: {problem}")]
+    Render {
+        /// The file's path.
+        file: String,
+        /// The line in the template.
+        line: usize,
+        /// What went wrong there.
+        problem: String,
+    },
+}
+
+/// A checkpoint's chat template, ready to render.
+pub struct ChatTemplate {
+    /// The path that messages name.
+    file: String,
+    architecture: Architecture,
+    environment: Environment<'static>,
+    /// `bos_token` and the like, which templates may write.
+    special_tokens: Map<String, Value>,
+}
+
+impl ChatTemplate {
+    /// Read `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`, or else take the one that is
+    /// built in for Pangu.
+    ///
+    /// # Errors
+    /// If there is none, or it is no template.
+    pub fn load(dir: &Path, architecture: Architecture) -> Result<Self, ChatTemplateError> {
+        let files = TokenizerFiles::load(dir)?;
+        let path = dir.join("chat_template.jinja");
+        let (file, sources) = if let Some(bytes) = read_optional(&path)? {
+            let file = path.display().to_string();
+            let source = String::from_utf8(bytes)
+                .map_err(|_| ChatTemplateError::Field { file: file.clone(), problem: "not UTF-8".into() })?;
+            (file, vec![(DEFAULT.to_owned(), source)])
+        } else if let Some(template) = &files.chat_template {
+            (files.file.clone(), named_sources(&files.file, template)?)
+        } else if matches!(architecture, Architecture::PanguProMoe | Architecture::PanguEmbedded) {
+            ("built-in Pangu template".to_owned(), vec![(DEFAULT.to_owned(), PANGU_TEMPLATE.to_owned())])
+        } else {
+            return Err(ChatTemplateError::Missing { dir: dir.display().to_string(), architecture });
+        };
+        let environment = environment(&file, sources)?;
+        Ok(Self { file, architecture, environment, special_tokens: special_tokens(&files) })
+    }
+
+    /// The prompt for these messages.
+    ///
+    /// Tokenise it with [`crate::Prefix::Add`]: whether the template has written the tokenizer's prefix is decided by
+    /// ids.
+    ///
+    /// # Errors
+    /// If a message is no object with a role, or the template raises, fails or does not come to an end.
+    pub fn render(&self, request: &ChatRequest<'_>) -> Result<String, ChatTemplateError> {
+        check_messages(request.messages)?;
+        let mut messages = request.messages.to_vec();
+        let is_pangu = matches!(self.architecture, Architecture::PanguProMoe | Architecture::PanguEmbedded);
+        if is_pangu && request.thinking == Thinking::Off {
+            append_no_think(&mut messages);
+        }
+        let context = self.context(request, messages);
+        // The text of the input is as good a measure as any of the work that it justifies.
+        let fuel = FUEL + FUEL_PER_INPUT_BYTE * context.to_string().len() as u64;
+        let mut environment = self.environment.clone();
+        environment.set_fuel(Some(fuel));
+        let wants_tool_use = !request.tools.is_empty() && environment.get_template(TOOL_USE).is_ok();
+        let name = if wants_tool_use { TOOL_USE } else { DEFAULT };
+        let rendered = environment.get_template(name).and_then(|t| t.render(jinja_value(&context)));
+        rendered.map_err(|error| self.render_error(&error, fuel))
+    }
+
+    fn context(&self, request: &ChatRequest<'_>, messages: Vec<Value>) -> Value {
+        let mut context = self.special_tokens.clone();
+        context.extend(request.kwargs.clone());
+        let tools = if request.tools.is_empty() { Value::Null } else { request.tools.to_vec().into() };
+        context.insert("messages".into(), messages.into());
+        context.insert("tools".into(), tools);
+        context.entry("documents").or_insert(Value::Null);
+        context.insert("add_generation_prompt".into(), request.add_generation_prompt.into());
+        if request.thinking != Thinking::Default {
+            context.insert("enable_thinking".into(), (request.thinking == Thinking::On).into());
+        }
+        Value::Object(context)
+    }
+
+    fn render_error(&self, error: &minijinja::Error, fuel: u64) -> ChatTemplateError {
+        let file = self.file.clone();
+        // What fails inside a macro arrives wrapped in the errors of its callers.
+        let causes = std::iter::successors(Some(error), |error| std::error::Error::source(*error)?.downcast_ref());
+        let error = causes.last().unwrap_or(error);
+        let raised = std::error::Error::source(error).and_then(|source| source.downcast_ref::<Raised>());
+        match (raised, error.kind()) {
+            (Some(Raised(message)), _) => ChatTemplateError::Raised { file, message: message.clone() },
+            (None, ErrorKind::OutOfFuel) => ChatTemplateError::TooMuchWork { file, fuel },
+            (None, _) => ChatTemplateError::Render { file, line: error.line().unwrap_or(0), problem: describe(error) },
+        }
+    }
+}
+
+/// Texts around the model's thinking: `[unused16]` and `[unused17]` for Pangu, `<think>` and `</think>` for the others.
+pub fn thinking_delimiters(architecture: Architecture) -> (&'static str, &'static str) {
+    match architecture {
+        Architecture::PanguProMoe | Architecture::PanguEmbedded => ("[unused16]", "[unused17]"),
+        Architecture::Qwen3 | Architecture::Glm4 => ("<think>", "</think>"),
+    }
+}
+
+/// The same as token ids, if the tokenizer has a single token for each.
+pub fn thinking_tokens(tokenizer: &Tokenizer, architecture: Architecture) -> Option<(TokenId, TokenId)> {
+    let (open, close) = thinking_delimiters(architecture);
+    Some((tokenizer.id_of(open)?, tokenizer.id_of(close)?))
+}
+
+/// `chat_template` is one template, or a list of `{"name": .., "template": ..}`.
+fn named_sources(file: &str, template: &Value) -> Result<Vec<(String, String)>, ChatTemplateError> {
+    let field = |problem: String| ChatTemplateError::Field { file: file.to_owned(), problem };
+    let entries = match template {
+        Value::String(source) => return Ok(vec![(DEFAULT.to_owned(), source.clone())]),
+        Value::Array(entries) => entries,
+        _ => return Err(field("must be a string, or a list of objects with `name` and `template`".into())),
+    };
+    let mut sources = Vec::new();
+    for (index, entry) in entries.iter().enumerate() {
+        match (entry.get("name").and_then(Value::as_str), entry.get("template").and_then(Value::as_str)) {
+            (Some(name), Some(source)) => sources.push((name.to_owned(), source.to_owned())),
+            _ => return Err(field(format!("[{index}] must be an object with the strings `name` and `template`"))),
+        }
+    }
+    if !sources.iter().any(|(name, _)| name == DEFAULT) {
+        let names: Vec<&str> = sources.iter().map(|(name, _)| name.as_str()).collect();
+        return Err(field(format!("no template is named \"default\"; found: {names:?}")));
+    }
+    Ok(sources)
+}
+
+/// Jinja as `transformers` sets it up, with these templates in it.
+fn environment(file: &str, sources: Vec<(String, String)>) -> Result<Environment<'static>, ChatTemplateError> {
+    let mut environment = Environment::new();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    environment.set_syntax(syntax.map_err(|error| syntax_error(file, &error))?);
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
+    environment.set_recursion_limit(MAX_RECURSION);
+    environment.set_unknown_method_callback(call_method);
+    environment.add_filter("tojson", tojson::tojson);
+    environment.add_function("raise_exception", raise_exception);
+    environment.add_function("strftime_now", strftime::strftime_now);
+    for (name, source) in sources {
+        if source.len() > MAX_TEMPLATE_BYTES {
+            let problem = format!("{} bytes; allowed: at most {MAX_TEMPLATE_BYTES}", source.len());
+            return Err(ChatTemplateError::Field { file: file.to_owned(), problem });
+        }
+        // Jinja2 reads every kind of line end as one character.
+        let source = rewrite_generation_tags(&source.replace("\r\n", "\n").replace('\r', "\n"));
+        environment.add_template_owned(name, source).map_err(|error| syntax_error(file, &error))?;
+    }
+    Ok(environment)
+}
+
+fn syntax_error(file: &str, error: &minijinja::Error) -> ChatTemplateError {
+    ChatTemplateError::Syntax { file: file.to_owned(), line: error.line().unwrap_or(0), problem: describe(error) }
+}
+
+/// What `raise_exception` was called with.
+#[derive(Debug, Error)]
+#[error("{0}")]
+struct Raised(String);
+
+fn raise_exception(message: &JinjaValue) -> Result<String, minijinja::Error> {
+    let error = minijinja::Error::new(ErrorKind::InvalidOperation, "raise_exception");
+    Err(error.with_source(Raised(message.to_string())))
+}
+
+/// Python's methods of strings and dictionaries.
+fn call_method(
+    state: &mut State,
+    value: &JinjaValue,
+    method: &str,
+    args: &[JinjaValue],
+) -> Result<JinjaValue, minijinja::Error> {
+    if method == "join"
+        && let Some(items) = args.first()
+    {
+        // One long string in a list many times is small until it is joined: pay before.
+        for item in items.try_iter()? {
+            state.consume_fuel(1 + item.len().unwrap_or(0) as u64 / 16)?;
+        }
+    }
+    minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
+}
+
+/// `{% generation %}` marks the assistant's text for training and prints its content; `{% with %}` does that too, and
+/// like it has a scope of its own.
+fn rewrite_generation_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(at) = rest.find("{%") {
+        let (before, tag) = rest.split_at(at + 2);
+        out.push_str(before);
+        rest = tag;
+        let name_at = tag.len() - tag.trim_start_matches(['-', '+']).trim_start().len();
+        let name = &tag[name_at..];
+        for (generation, with) in [("generation", "with"), ("endgeneration", "endwith")] {
+            let Some(after) = name.strip_prefix(generation) else { continue };
+            if after.trim_start().trim_start_matches(['-', '+']).starts_with("%}") {
+                out.push_str(&tag[..name_at]);
+                out.push_str(with);
+                rest = after;
+            }
+        }
+    }
+    out.push_str(rest);
+    out
+}
+
+/// `bos_token` and the like as templates know them.
+fn special_tokens(files: &TokenizerFiles) -> Map<String, Value> {
+    let mut tokens: Map<String, Value> =
+        files.named.iter().map(|(field, text)| ((*field).to_owned(), text.clone().into())).collect();
+    if !files.additional.is_empty() {
+        tokens.insert("additional_special_tokens".into(), files.additional.clone().into());
+    }
+    tokens
+}
+
+/// The same value for the template engine; keys stay in order.
+fn jinja_value(value: &Value) -> JinjaValue {
+    match value {
+        Value::Null => JinjaValue::from(()),
+        Value::Bool(flag) => JinjaValue::from(*flag),
+        Value::Number(number) => match (number.as_i64(), number.as_u64(), number.as_f64()) {
+            (Some(number), _, _) => JinjaValue::from(number),
+            (None, Some(number), _) => JinjaValue::from(number),
+            (None, None, number) => JinjaValue::from(number),
+        },
+        Value::String(text) => JinjaValue::from(text.as_str()),
+        Value::Array(items) => items.iter().map(jinja_value).collect(),
+        Value::Object(entries) => {
+            JinjaValue::from_pairs(entries.iter().map(|(key, value)| (key.as_str(), jinja_value(value))))
+        }
+    }
+}
+
+fn check_messages(messages: &[Value]) -> Result<(), ChatTemplateError> {
+    for (index, message) in messages.iter().enumerate() {
+        let problem = match (message.as_object(), message.get("role")) {
+            (None, _) => "must be an object",
+            (_, None) => "`role` is missing",
+            (_, Some(Value::String(_))) => continue,
+            (_, Some(_)) => "`role` must be a string",
+        };
+        return Err(ChatTemplateError::Message { index, problem });
+    }
+    Ok(())
+}
+
+/// Append ` /no_think` to the last user message, unless it ends so already.
+fn append_no_think(messages: &mut [Value]) {
+    let Some(message) = messages.iter_mut().rev().find(|message| message["role"] == "user") else { return };
+    let text = match &mut message["content"] {
+        Value::Array(parts) => parts.iter_mut().rev().find_map(|part| part.get_mut("text")),
+        content => Some(content),
+    };
+    if let Some(Value::String(text)) = text
+        && !text.ends_with(NO_THINK)
+    {
+        text.push_str(NO_THINK);
+    }
+}
+
+/// An error of the template engine without its place, which is told apart.
+fn describe(error: &minijinja::Error) -> String {
+    match error.detail() {
+        Some(detail) => format!("{}: {detail}", error.kind()),
+        None => error.kind().to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

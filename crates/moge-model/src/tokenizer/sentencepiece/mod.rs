@@ -1,0 +1,244 @@
+//! SentencePiece byte-pair models (`tokenizer.model`), equal to the C++ library in what they encode and decode.
+//!
+//! Text to ids: [`normalizer`] prepares the text, [`bpe`] cuts it into pieces. Ids to text: each piece's bytes one after
+//! another, without the space that the normaliser put before the text.
+
+mod bpe;
+mod charsmap;
+mod normalizer;
+mod prefix_set;
+mod proto;
+mod vocabulary;
+
+use thiserror::Error;
+
+use crate::TokenId;
+use normalizer::Normalizer;
+pub use proto::{ModelProto, NormalizerSpec, Piece, TrainerSpec};
+use vocabulary::Vocabulary;
+
+/// U+2581, which stands for a space in the text of a piece.
+const META_SPACE: &str = "\u{2581}";
+
+/// What a piece stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PieceKind {
+    /// Its text.
+    Normal,
+    /// Any text that no piece spells.
+    Unknown,
+    /// No text: a mark such as the begin of a sequence. Text that looks like its name does not become this piece.
+    Control,
+    /// Its text, wherever that occurs, before anything else is looked for.
+    UserDefined,
+    /// Its text, but encoding does not yield it.
+    Unused,
+    /// One byte of a character that no piece spells.
+    Byte(u8),
+}
+
+/// Why a `tokenizer.model` is refused.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{file}: {field}: found {value}; allowed: {allowed}")]
+pub struct SentencePieceError {
+    /// The file's name.
+    pub file: String,
+    /// The field, with its place in the message.
+    pub field: String,
+    /// What was found.
+    pub value: String,
+    /// What is allowed.
+    pub allowed: String,
+}
+
+/// A [`SentencePieceError`] that does not know its file yet.
+#[derive(Debug)]
+struct Problem {
+    field: String,
+    value: String,
+    allowed: String,
+}
+
+impl Problem {
+    fn new(field: &str, value: String, allowed: &str) -> Problem {
+        Problem { field: field.to_owned(), value, allowed: allowed.to_owned() }
+    }
+
+    /// The same, seen from the message that holds the field's message.
+    fn inside(mut self, message: &str) -> Problem {
+        self.field = format!("{message}.{}", self.field);
+        self
+    }
+
+    fn in_file(self, file: &str) -> SentencePieceError {
+        SentencePieceError { file: file.to_owned(), field: self.field, value: self.value, allowed: self.allowed }
+    }
+}
+
+/// Whether the next token begins the text, where a leading U+2581 is the dummy space and not part of the text.
+///
+/// Start with [`SentencePiece::text_start`], and hand the same value to every [`SentencePiece::push_token`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TextStart {
+    /// Nothing of the text has come yet.
+    Ahead,
+    /// The text has begun, or the model adds no space to its beginning.
+    Passed,
+}
+
+/// A SentencePiece byte-pair model.
+#[derive(Debug)]
+pub struct SentencePiece {
+    vocabulary: Vocabulary,
+    normalizer: Normalizer,
+    trainer_spec: TrainerSpec,
+    add_dummy_prefix: bool,
+    remove_extra_whitespaces: bool,
+}
+
+impl SentencePiece {
+    /// Read a `tokenizer.model`; `file` is its name in errors.
+    ///
+    /// # Errors
+    /// If the bytes are no such model, contradict themselves, or ask for what we do not do: a model type other than
+    /// BPE, or a denormaliser with rules.
+    pub fn from_bytes(bytes: &[u8], file: &str) -> Result<SentencePiece, SentencePieceError> {
+        let model = ModelProto::from_bytes(bytes, file)?;
+        let vocabulary = Vocabulary::new(&model).map_err(|problem| problem.in_file(file))?;
+        let normalizer = Normalizer::new(&model.normalizer_spec, &model.trainer_spec);
+        Ok(SentencePiece {
+            vocabulary,
+            normalizer: normalizer.map_err(|problem| problem.in_file(file))?,
+            trainer_spec: model.trainer_spec,
+            add_dummy_prefix: model.normalizer_spec.add_dummy_prefix,
+            remove_extra_whitespaces: model.normalizer_spec.remove_extra_whitespaces,
+        })
+    }
+
+    /// Token ids of plain text. Nothing is added, and text that looks like a control piece is still text.
+    pub fn encode(&self, text: &str) -> Vec<TokenId> {
+        let normalized = self.normalizer.normalize(text, &self.vocabulary.user_defined);
+        bpe::encode(&self.vocabulary, &normalized)
+    }
+
+    /// The text of `ids`. Bytes of byte pieces that together are no UTF-8 become U+FFFD, one for each byte. See
+    /// [`Self::push_token`].
+    pub fn decode(&self, ids: &[TokenId]) -> String {
+        let mut text = String::new();
+        // A character's bytes lie in neighbouring byte pieces: any other piece between them, even one without text,
+        // tears it apart.
+        let mut run = Vec::new();
+        let mut start = self.text_start();
+        for &id in ids {
+            if !matches!(self.kind(id), Some(PieceKind::Byte(_))) {
+                push_repaired(&mut text, &run);
+                run.clear();
+            }
+            self.push_token(id, &mut start, &mut run);
+        }
+        push_repaired(&mut text, &run);
+        text
+    }
+
+    /// The bytes that `ids` stand for, which need not be UTF-8. See [`Self::push_token`].
+    pub fn decode_bytes(&self, ids: &[TokenId]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let mut start = self.text_start();
+        for &id in ids {
+            self.push_token(id, &mut start, &mut bytes);
+        }
+        bytes
+    }
+
+    /// What to begin a text with in [`Self::push_token`].
+    pub fn text_start(&self) -> TextStart {
+        if self.add_dummy_prefix || self.remove_extra_whitespaces { TextStart::Ahead } else { TextStart::Passed }
+    }
+
+    /// Append the bytes that `id` stands for at this place of a text.
+    ///
+    /// A control piece stands for none, the unknown piece for its surface (by default U+2047 between spaces), a byte
+    /// piece for its byte. An id past the vocabulary, as a padded embedding may yield, stands for none.
+    pub fn push_token(&self, id: TokenId, start: &mut TextStart, bytes: &mut Vec<u8>) {
+        let Some(piece) = self.vocabulary.piece(id) else { return };
+        let len_before = bytes.len();
+        match piece.kind {
+            PieceKind::Control => {}
+            PieceKind::Unknown => bytes.extend_from_slice(self.trainer_spec.unk_surface.as_bytes()),
+            PieceKind::Byte(byte) => bytes.push(byte),
+            PieceKind::Normal | PieceKind::UserDefined | PieceKind::Unused => {
+                let mut text = piece.piece.as_str();
+                if *start == TextStart::Ahead
+                    && let Some(rest) = text.strip_prefix(META_SPACE)
+                {
+                    text = rest;
+                    // Where runs of spaces were removed, every space before the text is the dummy one.
+                    if !self.remove_extra_whitespaces {
+                        *start = TextStart::Passed;
+                    }
+                }
+                for (index, part) in text.split(META_SPACE).enumerate() {
+                    if index > 0 {
+                        bytes.push(b' ');
+                    }
+                    bytes.extend_from_slice(part.as_bytes());
+                }
+            }
+        }
+        if bytes.len() > len_before {
+            *start = TextStart::Passed;
+        }
+    }
+
+    /// How many pieces there are; token ids are below this.
+    pub fn vocab_size(&self) -> usize {
+        self.vocabulary.len()
+    }
+
+    /// The name of a piece: its text with U+2581 for spaces, or such as `<0x0A>` and `<s>`.
+    pub fn piece(&self, id: TokenId) -> Option<&str> {
+        self.vocabulary.piece(id).map(|piece| piece.piece.as_str())
+    }
+
+    /// What a piece stands for.
+    pub fn kind(&self, id: TokenId) -> Option<PieceKind> {
+        self.vocabulary.kind(id)
+    }
+
+    /// The piece of this name, of whatever kind.
+    pub fn id_of(&self, piece: &str) -> Option<TokenId> {
+        self.vocabulary.id_of(piece)
+    }
+
+    /// The piece for text that no piece spells.
+    pub fn unk_id(&self) -> Option<TokenId> {
+        self.vocabulary.unk_id
+    }
+
+    /// The piece that begins a sequence.
+    pub fn bos_id(&self) -> Option<TokenId> {
+        self.control_id(&self.trainer_spec.bos_piece)
+    }
+
+    /// The piece that ends a sequence.
+    pub fn eos_id(&self) -> Option<TokenId> {
+        self.control_id(&self.trainer_spec.eos_piece)
+    }
+
+    /// The piece that pads a batch.
+    pub fn pad_id(&self) -> Option<TokenId> {
+        self.control_id(&self.trainer_spec.pad_piece)
+    }
+
+    fn control_id(&self, piece: &str) -> Option<TokenId> {
+        self.id_of(piece).filter(|&id| self.kind(id) == Some(PieceKind::Control))
+    }
+}
+
+/// Append `bytes` with U+FFFD for each byte that is no UTF-8.
+fn push_repaired(text: &mut String, bytes: &[u8]) {
+    for chunk in bytes.utf8_chunks() {
+        text.push_str(chunk.valid());
+        text.extend(chunk.invalid().iter().map(|_| char::REPLACEMENT_CHARACTER));
+    }
+}
