@@ -38,6 +38,7 @@ impl EngineConfig {
         }
     }
 
+    /// What the scheduler allows with a model like this.
     fn scheduler(&self, model: &ModelConfig) -> SchedulerConfig {
         SchedulerConfig {
             vocab_size: model.vocab_size,
@@ -65,7 +66,7 @@ impl Engine {
     /// Allocate KV cache and workspace for `model`. Without a tokenizer all text is empty and stop strings are refused.
     ///
     /// # Panics
-    /// If `max_batched_tokens` or `max_running` is 0.
+    /// As [`Scheduler::new`].
     pub fn new(model: Model, cpu: Cpu, tokenizer: Option<Arc<Tokenizer>>, config: &EngineConfig) -> Engine {
         let limits = config.step_limits(model.config(), cpu.num_threads());
         Engine {
@@ -117,7 +118,11 @@ impl Engine {
 }
 
 /// Turn the logits of `step`, `[num_logit_rows, vocab_size]`, into log-probabilities of prompt tokens and new tokens.
+///
+/// # Panics
+/// If `logits` has another length.
 fn sample(sampler: &mut Sampler, scheduler: &Scheduler, step: &Step, logits: &[f32]) -> Vec<SequenceResult> {
+    assert_eq!(logits.len(), step.batch.logit_rows.len() * scheduler.vocab_size());
     let mut logits = logits.chunks_exact(scheduler.vocab_size());
     let scheduled = step.sequences.iter().zip(&step.batch.sequences);
     scheduled
