@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use moge_model::{ActivationType, Cpu, KvCache, Model, TokenId, Tokenizer, Workspace};
+use moge_model::{
+    ActivationType, BLOCK_SIZE, Cpu, KvCache, Model, ModelConfig, StepLimits, TokenId, Tokenizer, Workspace,
+};
 
 use crate::logprobs::row_logprobs;
 use crate::sampler::Sampler;
@@ -25,6 +27,31 @@ pub struct EngineConfig {
     pub eos_token_ids: Vec<TokenId>,
 }
 
+impl EngineConfig {
+    /// The largest step that the engine will take.
+    pub fn step_limits(&self, model: &ModelConfig, num_threads: usize) -> StepLimits {
+        StepLimits {
+            max_rows: self.max_batched_tokens,
+            max_logit_rows: self.scheduler(model).max_logit_rows(),
+            max_context: model.max_position_embeddings.min(self.num_blocks * BLOCK_SIZE),
+            num_threads,
+        }
+    }
+
+    /// What the scheduler allows with a model like this.
+    fn scheduler(&self, model: &ModelConfig) -> SchedulerConfig {
+        SchedulerConfig {
+            vocab_size: model.vocab_size,
+            max_sequence_tokens: model.max_position_embeddings,
+            num_blocks: self.num_blocks,
+            max_batched_tokens: self.max_batched_tokens,
+            max_running: self.max_running,
+            max_waiting: self.max_waiting,
+            eos_token_ids: self.eos_token_ids.clone(),
+        }
+    }
+}
+
 /// A model, its KV cache, and the requests it works on.
 pub struct Engine {
     model: Model,
@@ -39,22 +66,13 @@ impl Engine {
     /// Allocate KV cache and workspace for `model`. Without a tokenizer all text is empty and stop strings are refused.
     ///
     /// # Panics
-    /// If `max_batched_tokens` or `max_running` is 0.
-    pub fn new(model: Model, cpu: Cpu, tokenizer: Option<Arc<Tokenizer>>, config: EngineConfig) -> Engine {
-        let scheduler_config = SchedulerConfig {
-            vocab_size: model.config().vocab_size,
-            max_sequence_tokens: model.config().max_position_embeddings,
-            num_blocks: config.num_blocks,
-            max_batched_tokens: config.max_batched_tokens,
-            max_running: config.max_running,
-            max_waiting: config.max_waiting,
-            eos_token_ids: config.eos_token_ids,
-        };
-        let max_logit_rows = scheduler_config.max_logit_rows();
+    /// As [`Scheduler::new`].
+    pub fn new(model: Model, cpu: Cpu, tokenizer: Option<Arc<Tokenizer>>, config: &EngineConfig) -> Engine {
+        let limits = config.step_limits(model.config(), cpu.num_threads());
         Engine {
             kv_cache: KvCache::new(model.config(), config.activation, config.num_blocks),
-            workspace: Workspace::new(model.config(), config.activation, config.max_batched_tokens, max_logit_rows),
-            scheduler: Scheduler::new(scheduler_config, tokenizer),
+            workspace: Workspace::new(model.config(), config.activation, limits),
+            scheduler: Scheduler::new(config.scheduler(model.config()), tokenizer),
             sampler: Sampler::default(),
             model,
             cpu,
@@ -100,7 +118,11 @@ impl Engine {
 }
 
 /// Turn the logits of `step`, `[num_logit_rows, vocab_size]`, into log-probabilities of prompt tokens and new tokens.
+///
+/// # Panics
+/// If `logits` has another length.
 fn sample(sampler: &mut Sampler, scheduler: &Scheduler, step: &Step, logits: &[f32]) -> Vec<SequenceResult> {
+    assert_eq!(logits.len(), step.batch.logit_rows.len() * scheduler.vocab_size());
     let mut logits = logits.chunks_exact(scheduler.vocab_size());
     let scheduled = step.sequences.iter().zip(&step.batch.sequences);
     scheduled

@@ -53,7 +53,9 @@ impl Sampler {
         self.scores.extend(logits.iter().copied().map(clean_logit));
         self.counts.resize(logits.len(), 0);
         self.adjust(params, history);
-        let best = candidates(self.scores.iter().copied()).max().ok_or(NoFiniteLogit)?;
+        // In the order of the ids, so that the lower one of equals stays.
+        let greater = |best: Candidate, next: Candidate| if next.score > best.score { next } else { best };
+        let best = candidates(self.scores.iter().copied()).reduce(greater).ok_or(NoFiniteLogit)?;
         if params.temperature == 0.0 {
             return Ok(best.token);
         }

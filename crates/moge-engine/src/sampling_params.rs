@@ -14,8 +14,9 @@ pub const MAX_LOGPROBS: usize = 128;
 /// How to continue a prompt. The default is greedy, without penalties, up to the context's end.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
-    /// Stop after this many tokens, at least 1; `None`: when the context or the KV cache is full. The engine reserves
-    /// KV cache for all of them, so a request without it may have to wait until it runs alone.
+    /// Stop after this many tokens, at least 1, or at the end of the context if that comes first. `None`: when the
+    /// context or the KV cache is full. The KV cache for all of them is reserved, so a request without it may have to
+    /// wait until it runs alone.
     pub max_tokens: Option<usize>,
     /// Sample no stop token and look for no stop string before this many tokens.
     pub min_tokens: usize,

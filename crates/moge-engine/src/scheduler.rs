@@ -14,8 +14,8 @@ use crate::sequence::Sequence;
 use crate::text::TextStream;
 use crate::{AdmitError, BlockManager, Request, SeqId, SequenceOutput, SequenceResult};
 
-/// Rows of a step that may want logits for `prompt_logprobs`, over all sequences. With a vocabulary of 153 376 their
-/// logits take 39 MB, little beside the weights, while 64 rows still read each weight once per 64 tokens.
+/// Rows of a step that may want logits for `prompt_logprobs`, over all sequences. Enough for a step to share the
+/// reading of the weights among many rows, while the logits of a vocabulary of 153 376 take no more than 39 MB.
 const MAX_PROMPT_LOGIT_ROWS: usize = 64;
 
 /// What a scheduler allows.
@@ -34,7 +34,7 @@ pub struct SchedulerConfig {
     pub max_running: usize,
     /// Requests that wait for blocks.
     pub max_waiting: usize,
-    /// Tokens that end a sequence unless its request ignores them.
+    /// Tokens that end a sequence unless its request ignores them. Those outside the vocabulary never come.
     pub eos_token_ids: Vec<TokenId>,
 }
 
@@ -88,10 +88,11 @@ impl Scheduler {
     /// # Panics
     /// If `max_batched_tokens` or `max_running` is 0, so that nothing would ever run, or if the numbers of rows or
     /// blocks do not fit in 32 bits.
-    pub fn new(config: SchedulerConfig, tokenizer: Option<Arc<Tokenizer>>) -> Scheduler {
+    pub fn new(mut config: SchedulerConfig, tokenizer: Option<Arc<Tokenizer>>) -> Scheduler {
         assert!(config.max_batched_tokens > 0, "max_batched_tokens is 0");
         assert!(config.max_running > 0, "max_running is 0");
         assert!(u32::try_from(config.max_batched_tokens).is_ok(), "rows have 32 bits");
+        config.eos_token_ids.retain(|token| (token.0 as usize) < config.vocab_size);
         let block_manager = BlockManager::new(config.num_blocks);
         Scheduler { config, tokenizer, next_id: SeqId(0), waiting: VecDeque::new(), running: Vec::new(), block_manager }
     }
@@ -101,13 +102,12 @@ impl Scheduler {
     /// # Errors
     /// [`AdmitError`] if it is invalid, could never run, or the queue is full.
     pub fn add_request(&mut self, request: Request) -> Result<SeqId, AdmitError> {
+        request.validate(self.config.vocab_size, self.config.max_sequence_tokens)?;
         let Request { prompt, sampling } = request;
-        sampling.validate(self.config.vocab_size)?;
         if self.tokenizer.is_none() && !sampling.stop.is_empty() {
             let (value, allowed) = (format!("{:?}", sampling.stop), "empty, as the model has no tokenizer".to_owned());
             return Err(AdmitError::InvalidParameter { field: "stop", value, allowed });
         }
-        self.check_prompt(&prompt)?;
         let max_tokens = self.max_tokens(prompt.len(), sampling.max_tokens)?;
         if self.waiting.len() >= self.config.max_waiting {
             return Err(AdmitError::QueueFull { max_waiting: self.config.max_waiting });
@@ -250,21 +250,6 @@ impl Scheduler {
         let sequence = self.waiting.pop_front()?;
         self.running.push(Sequence { block_table, ..sequence });
         self.running.last()
-    }
-
-    fn check_prompt(&self, prompt: &[TokenId]) -> Result<(), AdmitError> {
-        let vocab_size = self.config.vocab_size;
-        if prompt.is_empty() {
-            return Err(AdmitError::EmptyPrompt);
-        }
-        if prompt.len() >= self.config.max_sequence_tokens {
-            let max_tokens = self.config.max_sequence_tokens.saturating_sub(1);
-            return Err(AdmitError::PromptTooLong { num_tokens: prompt.len(), max_tokens });
-        }
-        match prompt.iter().position(|token| token.0 as usize >= vocab_size) {
-            Some(index) => Err(AdmitError::TokenOutOfVocabulary { index, token: prompt[index].0, vocab_size }),
-            None => Ok(()),
-        }
     }
 
     /// How many tokens may follow a prompt: as many as asked for, but not past the end of the context. With nothing

@@ -6,7 +6,9 @@ use moge_model::{BlockId, TokenId};
 
 use crate::sampler::History;
 use crate::text::TextStream;
-use crate::{FinishReason, NoFiniteLogit, RowLogprobs, Sampled, SamplingParams, SequenceOutput, SequenceResult};
+use crate::{
+    AdmitError, FinishReason, NoFiniteLogit, RowLogprobs, Sampled, SamplingParams, SequenceOutput, SequenceResult,
+};
 
 /// A sequence of one engine; never used twice, and later requests have greater ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -25,6 +27,28 @@ pub struct Request {
     pub prompt: Vec<TokenId>,
     /// How to continue them.
     pub sampling: SamplingParams,
+}
+
+impl Request {
+    /// Check everything that does not depend on an engine's size: what a server can refuse before it queues anything.
+    ///
+    /// # Errors
+    /// If a sampling parameter is out of its range, or the prompt is empty, too long for a context of
+    /// `max_sequence_tokens`, or holds a token outside the vocabulary.
+    pub fn validate(&self, vocab_size: usize, max_sequence_tokens: usize) -> Result<(), AdmitError> {
+        self.sampling.validate(vocab_size)?;
+        let num_tokens = self.prompt.len();
+        if num_tokens == 0 {
+            return Err(AdmitError::EmptyPrompt);
+        }
+        if num_tokens >= max_sequence_tokens {
+            return Err(AdmitError::PromptTooLong { num_tokens, max_tokens: max_sequence_tokens.saturating_sub(1) });
+        }
+        match self.prompt.iter().position(|token| token.0 as usize >= vocab_size) {
+            Some(index) => Err(AdmitError::TokenOutOfVocabulary { index, token: self.prompt[index].0, vocab_size }),
+            None => Ok(()),
+        }
+    }
 }
 
 /// One token stream. It waits while it has no blocks, and runs once it has all that it can ever need.

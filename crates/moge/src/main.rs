@@ -1,10 +1,17 @@
 //! The `moge` binary.
 
 mod cmd;
+mod conversation;
+mod memory;
+mod progress;
+mod session;
+mod thinking;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+use tracing::level_filters::LevelFilter;
 
 /// Run, inspect and make Mixture-of-Grouped-Experts language models.
 #[derive(Debug, Parser)]
@@ -12,18 +19,52 @@ use clap::{Parser, Subcommand};
 struct Cli {
     #[command(subcommand)]
     command: Command,
+    /// Say more on standard error: -v what is being done, -vv details
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Say nothing on standard error but errors
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    quiet: bool,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Generate(Box<cmd::generate::GenerateArgs>),
+    Chat(Box<cmd::chat::ChatArgs>),
+    Tokenize(cmd::tokenize::TokenizeArgs),
     Inspect(cmd::inspect::InspectArgs),
     Synth(Box<cmd::synth::SynthArgs>),
+    /// Print a completion script for a shell
+    Completions {
+        /// Which shell
+        shell: Shell,
+    },
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let cli = Cli::parse();
+    let level = match (cli.quiet, cli.verbose) {
+        (true, _) => LevelFilter::ERROR,
+        (false, 0) => LevelFilter::WARN,
+        (false, 1) => LevelFilter::INFO,
+        (false, _) => LevelFilter::DEBUG,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .init();
+    let result = match cli.command {
+        Command::Generate(args) => cmd::generate::run(&args),
+        Command::Chat(args) => cmd::chat::run(&args),
+        Command::Tokenize(args) => cmd::tokenize::run(&args),
         Command::Inspect(args) => cmd::inspect::run(&args),
         Command::Synth(args) => cmd::synth::run(&args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "moge", &mut std::io::stdout());
+            Ok(())
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -37,7 +78,6 @@ fn main() -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -59,7 +59,7 @@ fn serve(max_batched_tokens: usize, requests: &[(usize, Request)]) -> Vec<Answer
             max_batched_tokens,
             max_running: 21,
             max_waiting: 30,
-            eos_token_ids: vec![EOS],
+            eos_token_ids: vec![EOS, TokenId(VOCAB_SIZE as u32)], // one that a file may name and no model can sample
         },
         None,
     );

@@ -54,8 +54,10 @@ fn the_least_and_greatest_parameters_give_no_nan() {
     for repetition_penalty in [5e-324, f64::MAX] {
         for temperature in [5e-324, f64::MAX] {
             let params = SamplingParams { repetition_penalty, temperature, min_p: 1.0, ..greedy() };
-            let token = sample(&[f32::MIN, f32::MAX, 1.0, f32::MAX], &params, &history).unwrap();
+            let mut sampler = Sampler::default();
+            let token = sampler.sample(&[f32::MIN, f32::MAX, 1.0, f32::MAX], &params, &history).unwrap();
             assert!((1..=3).contains(&token.0));
+            assert!(sampler.scores.iter().all(|score| score.is_finite()), "{:?}", sampler.scores);
         }
     }
 }
@@ -73,15 +75,35 @@ fn repetition_counts_the_prompt_and_presence_and_frequency_do_not() {
 #[test]
 fn top_p_keeps_the_token_that_reaches_it_and_min_p_is_relative_to_the_best() {
     let logits: Vec<f32> = [0.5_f32, 0.25, 0.125, 0.125].iter().map(|p| p.ln()).collect();
-    let kept = |params: SamplingParams| kept(&logits, &params, &NOTHING);
-    assert_eq!(kept(SamplingParams { top_p: 0.74, ..hot() }), [0, 1]);
-    assert_eq!(kept(SamplingParams { top_p: 0.76, ..hot() }), [0, 1, 2]);
-    assert_eq!(kept(SamplingParams { top_p: 1e-9, ..hot() }), [0]);
-    assert_eq!(kept(SamplingParams { top_p: 0.65, top_k: Some(2), ..hot() }), [0], "2/3 of what top_k left");
-    assert_eq!(kept(SamplingParams { min_p: 0.49, ..hot() }), [0, 1]);
-    assert_eq!(kept(SamplingParams { min_p: 0.51, temperature: 2.0, ..hot() }), [0, 1], "after temperature");
-    assert_eq!(kept(SamplingParams { top_k: Some(3), ..hot() }), [0, 1, 2], "the lower id of equals");
-    assert_eq!(kept(SamplingParams { top_k: Some(0), ..hot() }), [0, 1, 2, 3]);
+    let keep = |params: SamplingParams| kept(&logits, &params, &NOTHING);
+    assert_eq!(keep(SamplingParams { top_p: 0.74, ..hot() }), [0, 1]);
+    assert_eq!(keep(SamplingParams { top_p: 0.76, ..hot() }), [0, 1, 2]);
+    assert_eq!(keep(SamplingParams { top_p: 1e-9, ..hot() }), [0]);
+    assert_eq!(keep(SamplingParams { top_p: 0.65, top_k: Some(2), ..hot() }), [0], "2/3 of what top_k left");
+    assert_eq!(keep(SamplingParams { min_p: 0.49, ..hot() }), [0, 1]);
+    assert_eq!(keep(SamplingParams { min_p: 0.51, temperature: 2.0, ..hot() }), [0, 1], "after temperature");
+    assert_eq!(keep(SamplingParams { top_k: Some(3), ..hot() }), [0, 1, 2], "the lower id of equals");
+    assert_eq!(keep(SamplingParams { top_k: Some(0), ..hot() }), [0, 1, 2, 3]);
+    assert_eq!(kept(&[2.0; 4], &SamplingParams { top_p: 0.5, ..hot() }, &NOTHING), [0, 1], "exactly");
+}
+
+#[test]
+fn the_draw_depends_on_the_seed_and_the_position_in_the_whole_sequence() {
+    for (prompt, output) in [(1, 0), (5, 0), (3, 2), (2, 7)] {
+        let (prompt, output) = (ids(&vec![3; prompt]), ids(&vec![4; output]));
+        let history = History { prompt: &prompt, output: &output, banned: &[] };
+        let u = uniform(11, (prompt.len() + output.len()) as u64);
+        let token = sample(&[0.0; 1000], &SamplingParams { seed: 11, ..hot() }, &history);
+        assert_eq!(token, Ok(TokenId((u * 1000.0) as u32)));
+    }
+}
+
+#[test]
+fn a_candidate_of_probability_zero_is_never_drawn() {
+    let candidates = [(4, 0.0), (5, 1.0), (6, 0.0)].map(|(id, score)| Candidate { token: TokenId(id), score });
+    for u in [0.0, 0.5, 1.0 - f64::EPSILON / 2.0] {
+        assert_eq!(draw(&candidates, u), Some(TokenId(5)));
+    }
 }
 
 #[test]

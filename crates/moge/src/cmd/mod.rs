@@ -1,4 +1,7 @@
 //! One file per subcommand: its arguments, and what it does with them.
 
+pub(crate) mod chat;
+pub(crate) mod generate;
 pub(crate) mod inspect;
 pub(crate) mod synth;
+pub(crate) mod tokenize;

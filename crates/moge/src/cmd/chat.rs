@@ -1,0 +1,348 @@
+//! `moge chat`: one answer, or a conversation.
+
+use std::io::{IsTerminal, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use moge_engine::{Engine, FinishReason, Request, SamplingParams};
+use moge_model::{ChatTemplate, Prefix, Thinking, TokenId, Tokenizer, thinking_tokens};
+use rustyline::error::ReadlineError;
+
+use crate::conversation::Conversation;
+use crate::session::{Frontend, ModelArgs, SamplingArgs};
+use crate::thinking::{Part, ThinkingSplitter};
+
+const HELP: &str = "/reset          forget the conversation, keep the system message
+/system TEXT    set the system message (no TEXT: remove it)
+/think on|off   ask the model to think before it answers, or not to
+/stats          speed of the last answer, use of the context
+/exit           leave (so does Ctrl-D)
+A line that ends in \\ goes on in the next. Ctrl-C stops an answer.";
+
+/// Talk with the model
+#[derive(Debug, Args)]
+pub(crate) struct ChatArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Answer this and leave [default: a conversation]
+    message: Option<String>,
+    /// System message
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    /// Ask the model to think before it answers, or not to [default: as its template does]
+    #[arg(long, value_enum)]
+    think: Option<Switch>,
+    /// Tokens of an answer at the most [default: as many as fit]
+    #[arg(short = 'n', long, value_name = "N")]
+    max_tokens: Option<usize>,
+    /// Tokens of the whole conversation at the most: the KV cache has this size
+    #[arg(long, value_name = "N", default_value_t = 8192)]
+    context: usize,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+impl From<Switch> for Thinking {
+    fn from(switch: Switch) -> Thinking {
+        match switch {
+            Switch::On => Thinking::On,
+            Switch::Off => Thinking::Off,
+        }
+    }
+}
+
+/// Run `moge chat`.
+pub(crate) fn run(args: &ChatArgs) -> Result<()> {
+    let frontend = Frontend::open(&args.model.model)?;
+    let tokenizer = Arc::clone(frontend.tokenizer()?);
+    let template = frontend.chat_template()?;
+    let params = args.sampling.params(&frontend.defaults, 0);
+    params.validate(frontend.config.vocab_size)?;
+    let context = args.context.min(frontend.config.max_position_embeddings);
+    let (engine, _) = frontend.load(&args.model, &[context])?;
+    let mut conversation = Conversation::default();
+    conversation.thinking = args.think.map_or(Thinking::Default, Thinking::from);
+    conversation.set_system(args.system.as_deref().unwrap_or_default());
+    let interrupt = Interrupt::install()?;
+    let max_tokens = args.max_tokens.unwrap_or(usize::MAX);
+    let seed_is_given = args.sampling.seed_is_given();
+    let mut chat = Chat {
+        engine,
+        tokenizer: &tokenizer,
+        thinking_tokens: thinking_tokens(&tokenizer, frontend.config.architecture),
+        template,
+        conversation,
+        params,
+        seed_is_given,
+        max_tokens,
+        context,
+        interrupt,
+        stats: None,
+    };
+    match &args.message {
+        Some(message) => {
+            let finish_reason = chat.answer(message)?;
+            if finish_reason == FinishReason::Cancelled {
+                std::process::exit(130);
+            }
+            Ok(())
+        }
+        None => chat.converse(),
+    }
+}
+
+struct Chat<'a> {
+    engine: Engine,
+    tokenizer: &'a Tokenizer,
+    thinking_tokens: Option<(TokenId, TokenId)>,
+    template: ChatTemplate,
+    conversation: Conversation,
+    params: SamplingParams,
+    seed_is_given: bool,
+    max_tokens: usize,
+    context: usize,
+    interrupt: Interrupt,
+    stats: Option<Stats>,
+}
+
+/// What the last answer cost.
+struct Stats {
+    prompt_tokens: usize,
+    prefill_time: Duration,
+    answer_tokens: usize,
+    decode_time: Duration,
+}
+
+impl Chat<'_> {
+    fn converse(&mut self) -> Result<()> {
+        let mut editor = rustyline::DefaultEditor::new().context("terminal")?;
+        if std::io::stdout().is_terminal() {
+            eprintln!("/help lists the commands.");
+        }
+        while let Some(text) = read_message(&mut editor)? {
+            let text = text.trim();
+            if text.is_empty() {
+                continue;
+            }
+            // History is a convenience: losing a line of it is no reason to stop.
+            let _ = editor.add_history_entry(text);
+            if text == "/exit" || text == "/quit" {
+                break;
+            }
+            if let Some(command) = text.strip_prefix('/') {
+                self.command(command);
+            } else if let Err(error) = self.answer(text) {
+                eprintln!("error: {error:#}");
+            }
+        }
+        Ok(())
+    }
+
+    fn command(&mut self, command: &str) {
+        let (name, argument) = command.split_once(char::is_whitespace).unwrap_or((command, ""));
+        match (name, argument.trim()) {
+            ("help", _) => eprintln!("{HELP}"),
+            ("reset", _) => self.conversation.reset(),
+            ("system", text) => self.conversation.set_system(text),
+            ("think", "on") => self.conversation.thinking = Thinking::On,
+            ("think", "off") => self.conversation.thinking = Thinking::Off,
+            ("think", _) => eprintln!("/think on, or /think off"),
+            ("stats", _) => self.print_stats(),
+            _ => eprintln!("/{name} is unknown; /help lists the commands"),
+        }
+    }
+
+    /// Answer `text` and keep both in the conversation. On an error the conversation is as it was.
+    fn answer(&mut self, text: &str) -> Result<FinishReason> {
+        self.conversation.push("user", text);
+        let result = self.generate();
+        match &result {
+            Ok((answer, _)) => self.conversation.push("assistant", answer),
+            Err(_) => self.conversation.pop(),
+        }
+        result.map(|(_, finish_reason)| finish_reason)
+    }
+
+    fn generate(&mut self) -> Result<(String, FinishReason)> {
+        let prompt = self.tokenizer.encode(&self.conversation.prompt(&self.template)?, Prefix::Add)?;
+        if prompt.len() >= self.context {
+            let (used, context) = (prompt.len(), self.context);
+            bail!("the conversation has {used} tokens and --context allows {context}; /reset forgets it");
+        }
+        let max_tokens = self.max_tokens.min(self.context - prompt.len());
+        let mut sampling = SamplingParams { max_tokens: Some(max_tokens), ..self.params.clone() };
+        if !self.seed_is_given {
+            // Every answer is drawn anew unless the user wants it repeated.
+            sampling.seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
+        }
+        let mut printer = Printer::new(ThinkingSplitter::new(self.tokenizer, self.thinking_tokens, &prompt));
+        let mut stats = Stats {
+            prompt_tokens: prompt.len(),
+            prefill_time: Duration::ZERO,
+            answer_tokens: 0,
+            decode_time: Duration::ZERO,
+        };
+        let id = self.engine.add_request(Request { prompt, sampling })?;
+        let _answering = self.interrupt.answering();
+        let mut finish_reason = None;
+        while finish_reason.is_none() {
+            if self.interrupt.requested() {
+                self.engine.cancel(id);
+                finish_reason = Some(FinishReason::Cancelled);
+                break;
+            }
+            let start = Instant::now();
+            for output in self.engine.step() {
+                let time =
+                    if output.num_prefilled_tokens > 0 { &mut stats.prefill_time } else { &mut stats.decode_time };
+                *time += start.elapsed();
+                if let Some(sampled) = output.sampled {
+                    stats.answer_tokens += 1;
+                    if output.finish_reason != Some(FinishReason::Stop) {
+                        printer.push(sampled.token)?;
+                    }
+                }
+                finish_reason = output.finish_reason;
+            }
+        }
+        self.stats = Some(stats);
+        let answer = printer.finish()?;
+        match finish_reason {
+            Some(FinishReason::NoFiniteLogit) => bail!("the model's logits are not numbers"),
+            reason => Ok((answer, reason.unwrap_or(FinishReason::Stop))),
+        }
+    }
+
+    fn print_stats(&self) {
+        let Some(stats) = &self.stats else {
+            eprintln!("no answer yet");
+            return;
+        };
+        let Stats { prompt_tokens, prefill_time, answer_tokens, decode_time } = *stats;
+        let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
+        // The first token of the answer comes out of the prefill.
+        let decoded = answer_tokens.saturating_sub(1);
+        eprintln!("prompt  {prompt_tokens} tokens, {:.1} tokens/s", rate(prompt_tokens, prefill_time));
+        eprintln!("answer  {answer_tokens} tokens, {:.1} tokens/s", rate(decoded, decode_time));
+        eprintln!("context {} of {} tokens", prompt_tokens + answer_tokens, self.context);
+    }
+}
+
+/// A message, perhaps of several lines; `None` at the end of the input.
+fn read_message(editor: &mut rustyline::DefaultEditor) -> Result<Option<String>> {
+    let mut message = String::new();
+    loop {
+        let prompt = if message.is_empty() { "> " } else { ". " };
+        match editor.readline(prompt) {
+            Ok(line) => match line.strip_suffix('\\') {
+                Some(start) => {
+                    message += start;
+                    message.push('\n');
+                }
+                None => return Ok(Some(message + &line)),
+            },
+            Err(ReadlineError::Interrupted) => {
+                message.clear();
+                eprintln!("(Ctrl-D or /exit leaves)");
+            }
+            Err(ReadlineError::Eof) => return Ok(None),
+            Err(error) => return Err(error).context("standard input"),
+        }
+    }
+}
+
+/// Writes thinking and answer where each belongs: both to a terminal, the thinking dimmed; else the thinking to
+/// standard error and the answer to standard output.
+struct Printer<'a> {
+    splitter: ThinkingSplitter<'a>,
+    answer: String,
+    terminal: bool,
+    dimmed: bool,
+}
+
+impl<'a> Printer<'a> {
+    fn new(splitter: ThinkingSplitter<'a>) -> Printer<'a> {
+        Printer { splitter, answer: String::new(), terminal: std::io::stdout().is_terminal(), dimmed: false }
+    }
+
+    fn push(&mut self, token: TokenId) -> Result<()> {
+        let (part, text) = self.splitter.push(token);
+        self.print(part, &text)
+    }
+
+    fn print(&mut self, part: Part, text: &str) -> Result<()> {
+        if part == Part::Answer {
+            // What separates the answer from the thinking is no part of it.
+            let text = if self.answer.is_empty() { text.trim_start() } else { text };
+            self.answer += text;
+            if !text.is_empty() && self.dimmed {
+                self.dimmed = false;
+                print!("\x1b[0m\n");
+            }
+            print!("{text}");
+        } else if self.terminal {
+            if !text.is_empty() && !self.dimmed {
+                self.dimmed = true;
+                print!("\x1b[2m");
+            }
+            print!("{text}");
+        } else {
+            eprint!("{text}");
+        }
+        Ok(std::io::stdout().flush()?)
+    }
+
+    fn finish(mut self) -> Result<String> {
+        let (part, text) = self.splitter.finish();
+        self.print(part, &text)?;
+        println!("{}", if self.dimmed { "\x1b[0m" } else { "" });
+        Ok(self.answer)
+    }
+}
+
+/// Ctrl-C: stops an answer while there is one, else the program.
+struct Interrupt {
+    answering: Arc<AtomicBool>,
+    requested: Arc<AtomicBool>,
+}
+
+impl Interrupt {
+    fn install() -> Result<Interrupt> {
+        let interrupt = Interrupt { answering: Arc::default(), requested: Arc::default() };
+        let (answering, requested) = (Arc::clone(&interrupt.answering), Arc::clone(&interrupt.requested));
+        ctrlc::set_handler(move || {
+            if !answering.load(Ordering::SeqCst) {
+                std::process::exit(130);
+            }
+            requested.store(true, Ordering::SeqCst);
+        })
+        .context("Ctrl-C")?;
+        Ok(interrupt)
+    }
+
+    /// An answer begins; it ends when the returned guard is dropped.
+    fn answering(&self) -> impl Drop + use<> {
+        struct Guard(Arc<AtomicBool>);
+        impl Drop for Guard {
+            fn drop(&mut self) {
+                self.0.store(false, Ordering::SeqCst);
+            }
+        }
+        self.requested.store(false, Ordering::SeqCst);
+        self.answering.store(true, Ordering::SeqCst);
+        Guard(Arc::clone(&self.answering))
+    }
+
+    fn requested(&self) -> bool {
+        self.requested.load(Ordering::SeqCst)
+    }
+}

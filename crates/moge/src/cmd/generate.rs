@@ -1,0 +1,297 @@
+//! `moge generate`: continue one prompt, or a file of them in one batch.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use moge_engine::{Engine, FinishReason, Request, RowLogprobs, Sampled, SamplingParams, SeqId, SequenceOutput};
+use moge_model::{Prefix, TokenId};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::session::{Frontend, ModelArgs, SamplingArgs};
+
+/// Continue a prompt
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    source: PromptSource,
+    /// Tokens to generate at the most
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 256)]
+    max_tokens: usize,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// Report each token's log-probability and the K most likely ones (with --format json)
+    #[arg(long, value_name = "K")]
+    logprobs: Option<usize>,
+    /// The same for the tokens of the prompt
+    #[arg(long, value_name = "K")]
+    prompt_logprobs: Option<usize>,
+    /// What to print; --input always prints JSON lines
+    #[arg(long, value_enum, default_value = "text")]
+    format: Format,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// The text as it is made.
+    Text,
+    /// One JSON object at the end.
+    Json,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct PromptSource {
+    /// Text to continue
+    #[arg(short, long, value_name = "TEXT")]
+    prompt: Option<String>,
+    /// File with the text to continue
+    #[arg(long, value_name = "FILE")]
+    prompt_file: Option<PathBuf>,
+    /// Token ids to continue, taken literally: nothing is added
+    #[arg(long, value_name = "ID,ID", value_delimiter = ',')]
+    tokens: Option<Vec<u32>>,
+    /// JSON lines, each {"prompt": TEXT} or {"tokens": [ID, ..]} with an optional "max_tokens": all run in one batch
+    #[arg(long, value_name = "FILE")]
+    input: Option<PathBuf>,
+}
+
+/// A line of `--input`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct InputLine {
+    prompt: Option<String>,
+    tokens: Option<Vec<TokenId>>,
+    max_tokens: Option<usize>,
+}
+
+/// A prompt as tokens, and how many may follow.
+struct Prompt {
+    tokens: Vec<TokenId>,
+    max_tokens: usize,
+}
+
+/// Run `moge generate`.
+pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
+    let many = args.source.input.is_some();
+    let text_only = args.format == Format::Text && !many;
+    if text_only && (args.logprobs.is_some() || args.prompt_logprobs.is_some()) {
+        bail!("--logprobs and --prompt-logprobs need --format json");
+    }
+    let frontend = Frontend::open(&args.model.model)?;
+    let params = SamplingParams {
+        logprobs: args.logprobs,
+        prompt_logprobs: args.prompt_logprobs,
+        ..args.sampling.params(&frontend.defaults, 0)
+    };
+    let prompts = prompts(args, &frontend)?;
+    let context = frontend.config.max_position_embeddings;
+    let sequence_tokens: Vec<usize> =
+        prompts.iter().map(|prompt| (prompt.tokens.len().saturating_add(prompt.max_tokens)).min(context)).collect();
+    check_prompts(&prompts, &params, &frontend)?;
+    let (mut engine, load_time) = frontend.load(&args.model, &sequence_tokens)?;
+    let mut progress = Progress::new(text_only);
+    let generations = generate(&mut engine, prompts, &params, &mut progress)?;
+    if text_only {
+        println!();
+        return Ok(());
+    }
+    for generation in &generations {
+        println!("{}", generation.to_json(&frontend, &progress, load_time));
+    }
+    Ok(())
+}
+
+/// Refuse before the weights are loaded what the engine would refuse after.
+fn check_prompts(prompts: &[Prompt], params: &SamplingParams, frontend: &Frontend) -> Result<()> {
+    params.validate(frontend.config.vocab_size)?;
+    for (index, prompt) in prompts.iter().enumerate() {
+        let request = Request { prompt: prompt.tokens.clone(), sampling: params.clone() };
+        let checked = request.validate(frontend.config.vocab_size, frontend.config.max_position_embeddings);
+        checked.with_context(|| format!("prompt {}", index + 1))?;
+    }
+    Ok(())
+}
+
+fn prompts(args: &GenerateArgs, frontend: &Frontend) -> Result<Vec<Prompt>> {
+    let encode = |text: &str| Ok::<_, anyhow::Error>(frontend.tokenizer()?.encode(text, Prefix::Add)?);
+    let source = &args.source;
+    if let Some(file) = &source.input {
+        return read_input(file, args.max_tokens, encode);
+    }
+    let tokens = match (&source.prompt, &source.prompt_file, &source.tokens) {
+        (Some(text), _, _) => encode(text)?,
+        (_, Some(file), _) => encode(&std::fs::read_to_string(file).with_context(|| file.display().to_string())?)?,
+        (_, _, Some(ids)) => ids.iter().copied().map(TokenId).collect(),
+        (None, None, None) => bail!("no prompt"),
+    };
+    Ok(vec![Prompt { tokens, max_tokens: args.max_tokens }])
+}
+
+fn read_input(file: &Path, max_tokens: usize, encode: impl Fn(&str) -> Result<Vec<TokenId>>) -> Result<Vec<Prompt>> {
+    let reader = BufReader::new(std::fs::File::open(file).with_context(|| file.display().to_string())?);
+    let mut prompts = Vec::new();
+    for (index, line) in reader.lines().enumerate() {
+        let place = || format!("{}:{}", file.display(), index + 1);
+        let line = line.with_context(place)?;
+        if line.trim().is_empty() {
+            continue;
+        }
+        let line: InputLine = serde_json::from_str(&line).with_context(place)?;
+        let tokens = match (line.prompt, line.tokens) {
+            (Some(text), None) => encode(&text).with_context(place)?,
+            (None, Some(tokens)) => tokens,
+            _ => bail!("{}: exactly one of \"prompt\" and \"tokens\" is needed", place()),
+        };
+        prompts.push(Prompt { tokens, max_tokens: line.max_tokens.unwrap_or(max_tokens) });
+    }
+    if prompts.is_empty() {
+        bail!("{}: no prompts", file.display());
+    }
+    Ok(prompts)
+}
+
+/// What a run did so far, and whether its text is shown as it comes.
+struct Progress {
+    show_text: bool,
+    prefill_tokens: usize,
+    prefill_time: Duration,
+    decode_tokens: usize,
+    decode_time: Duration,
+}
+
+impl Progress {
+    fn new(show_text: bool) -> Progress {
+        let zero = Duration::ZERO;
+        Progress { show_text, prefill_tokens: 0, prefill_time: zero, decode_tokens: 0, decode_time: zero }
+    }
+
+    /// A step counts as prefill if it computed any prompt token.
+    fn add(&mut self, outputs: &[SequenceOutput], time: Duration) {
+        let prefilled: usize = outputs.iter().map(|output| output.num_prefilled_tokens).sum();
+        if prefilled > 0 {
+            self.prefill_tokens += prefilled;
+            self.prefill_time += time;
+        } else {
+            self.decode_tokens += outputs.iter().filter(|output| output.sampled.is_some()).count();
+            self.decode_time += time;
+        }
+    }
+}
+
+/// One prompt and its continuation.
+struct Generation {
+    prompt: Vec<TokenId>,
+    sampled: Vec<Sampled>,
+    text: String,
+    finish_reason: FinishReason,
+    prompt_logprobs: Option<Vec<Option<RowLogprobs>>>,
+}
+
+fn generate(
+    engine: &mut Engine,
+    prompts: Vec<Prompt>,
+    params: &SamplingParams,
+    progress: &mut Progress,
+) -> Result<Vec<Generation>> {
+    let mut generations = Vec::with_capacity(prompts.len());
+    let mut index_of: HashMap<SeqId, usize> = HashMap::new();
+    for Prompt { tokens, max_tokens } in prompts {
+        let sampling = SamplingParams { max_tokens: Some(max_tokens), ..params.clone() };
+        let id = engine.add_request(Request { prompt: tokens.clone(), sampling })?;
+        index_of.insert(id, generations.len());
+        generations.push(Generation {
+            prompt: tokens,
+            sampled: Vec::new(),
+            text: String::new(),
+            finish_reason: FinishReason::Cancelled,
+            prompt_logprobs: None,
+        });
+    }
+    let mut stdout = std::io::stdout().lock();
+    while engine.has_unfinished() {
+        let start = Instant::now();
+        let outputs = engine.step();
+        progress.add(&outputs, start.elapsed());
+        for output in outputs {
+            let generation = &mut generations[index_of[&output.id]];
+            generation.sampled.extend(output.sampled);
+            generation.text += &output.text;
+            if progress.show_text {
+                stdout.write_all(output.text.as_bytes())?;
+                stdout.flush()?;
+            }
+            if output.prompt_logprobs.is_some() {
+                generation.prompt_logprobs = output.prompt_logprobs;
+            }
+            if output.finish_reason == Some(FinishReason::NoFiniteLogit) {
+                let place = generation.prompt.len() + generation.sampled.len();
+                bail!(
+                    "the model's logits are not numbers at position {place}; `moge inspect --deep` looks for bad weights"
+                );
+            }
+            generation.finish_reason = output.finish_reason.unwrap_or(generation.finish_reason);
+        }
+    }
+    Ok(generations)
+}
+
+impl Generation {
+    fn to_json(&self, frontend: &Frontend, progress: &Progress, load_time: Duration) -> Value {
+        let piece =
+            |token: TokenId| frontend.tokenizer().map(|tokenizer| tokenizer.decode(&[token])).unwrap_or_default();
+        let entry = |token: TokenId, row: &RowLogprobs| {
+            let top: Vec<Value> =
+                row.top.iter().map(|top| json!({ "token": top.token, "logprob": top.logprob })).collect();
+            json!({ "token": token, "text": piece(token), "logprob": row.logprob, "top": top })
+        };
+        let tokens: Vec<TokenId> = self.sampled.iter().map(|sampled| sampled.token).collect();
+        let (num_prompt, num_sampled) = (self.prompt.len(), tokens.len());
+        let mut object = json!({
+            "model": frontend.dir.display().to_string(),
+            "prompt_tokens": self.prompt,
+            "tokens": tokens,
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+        });
+        let logprobs: Option<Vec<Value>> =
+            self.sampled.iter().map(|sampled| Some(entry(sampled.token, sampled.logprobs.as_ref()?))).collect();
+        if let Some(logprobs) = logprobs.filter(|_| num_sampled > 0) {
+            object["logprobs"] = logprobs.into();
+        }
+        if let Some(rows) = &self.prompt_logprobs {
+            let rows = self.prompt.iter().zip(rows);
+            let entries: Vec<Value> =
+                rows.map(|(&token, row)| row.as_ref().map_or(Value::Null, |row| entry(token, row))).collect();
+            object["prompt_logprobs"] = entries.into();
+        }
+        object["usage"] = json!({
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_sampled,
+            "total_tokens": num_prompt + num_sampled,
+        });
+        object["timings"] = json!({
+            "load_ms": milliseconds(load_time),
+            "prefill_ms": milliseconds(progress.prefill_time),
+            "decode_ms": milliseconds(progress.decode_time),
+            "prefill_tokens_per_s": rate(progress.prefill_tokens, progress.prefill_time),
+            "decode_tokens_per_s": rate(progress.decode_tokens, progress.decode_time),
+        });
+        object
+    }
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// Tokens per second; null in JSON where nothing was timed.
+fn rate(tokens: usize, time: Duration) -> Option<f64> {
+    (tokens > 0).then(|| (tokens as f64 / time.as_secs_f64() * 1e3).round() / 1e3)
+}

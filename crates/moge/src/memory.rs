@@ -1,0 +1,100 @@
+//! How much memory there is, and what a run needs: asked before anything large is loaded.
+
+use std::fmt;
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use indicatif::DecimalBytes;
+
+/// What a run will hold in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct MemoryPlan {
+    /// The checkpoint's files.
+    pub(crate) weight_bytes: u64,
+    /// Keys and values.
+    pub(crate) kv_bytes: u64,
+    /// Scratch memory of a step.
+    pub(crate) workspace_bytes: u64,
+}
+
+impl MemoryPlan {
+    fn total_bytes(self) -> u64 {
+        self.weight_bytes + self.kv_bytes + self.workspace_bytes
+    }
+
+    /// Refuse a plan that does not fit into `available_bytes`. With `weights_may_page`, mapped weights that do not fit
+    /// are read from disk again and again; the rest must fit all the same.
+    pub(crate) fn check(self, available_bytes: u64, weights_may_page: bool) -> Result<()> {
+        let needed = if weights_may_page { self.kv_bytes + self.workspace_bytes } else { self.total_bytes() };
+        if needed <= available_bytes {
+            return Ok(());
+        }
+        let left = available_bytes.saturating_sub(self.weight_bytes);
+        let mut advice = format!("{} would be left for KV cache and workspace", DecimalBytes(left));
+        if self.weight_bytes > available_bytes {
+            advice = "the weights alone do not fit; --allow-paging runs them from disk, slowly".to_owned();
+        }
+        bail!("not enough memory: {self} needed, {} available; {advice}", DecimalBytes(available_bytes))
+    }
+}
+
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let MemoryPlan { weight_bytes, kv_bytes, workspace_bytes } = *self;
+        let total = DecimalBytes(self.total_bytes());
+        let (weights, kv, workspace) =
+            (DecimalBytes(weight_bytes), DecimalBytes(kv_bytes), DecimalBytes(workspace_bytes));
+        write!(f, "{total} (weights {weights} + KV cache {kv} + workspace {workspace})")
+    }
+}
+
+/// Memory that can be had without swapping, within the limits of the control groups we are in. `None` where the system
+/// does not tell.
+pub(crate) fn available_bytes() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    let limit = control_group_bytes().unwrap_or(u64::MAX);
+    Some((kib * 1024).min(limit))
+}
+
+/// What the control groups (version 2) leave; page cache counts as free, as it does in `MemAvailable`.
+fn control_group_bytes() -> Option<u64> {
+    let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let own = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let root = Path::new("/sys/fs/cgroup");
+    let leaf = root.join(own);
+    let levels = leaf.ancestors().take_while(|dir| dir.starts_with(root));
+    levels.filter_map(|dir| control_group_level(dir)).min()
+}
+
+fn control_group_level(dir: &Path) -> Option<u64> {
+    let number = |name: &str| std::fs::read_to_string(dir.join(name)).ok()?.trim().parse::<u64>().ok();
+    let limit = number("memory.max")?;
+    let stat = std::fs::read_to_string(dir.join("memory.stat")).ok()?;
+    let file_cache: u64 = stat.lines().find_map(|line| line.strip_prefix("file "))?.parse().ok()?;
+    Some(limit.saturating_sub(number("memory.current")?.saturating_sub(file_cache)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_that_does_not_fit_says_what_is_needed_and_what_is_there() {
+        let plan = MemoryPlan { weight_bytes: 12_000_000_000, kv_bytes: 3_000_000_000, workspace_bytes: 70_000_000 };
+        plan.check(15_070_000_000, false).unwrap();
+        let error = plan.check(15_000_000_000, false).unwrap_err().to_string();
+        let expected = "not enough memory: 15.07 GB (weights 12.00 GB + KV cache 3.00 GB + workspace 70.00 MB) needed, \
+                        15.00 GB available; 3.00 GB would be left for KV cache and workspace";
+        assert_eq!(error, expected);
+        assert!(plan.check(5_000_000_000, false).unwrap_err().to_string().contains("--allow-paging"));
+        plan.check(5_000_000_000, true).unwrap();
+        plan.check(2_000_000_000, true).unwrap_err();
+    }
+
+    #[test]
+    fn this_machine_has_memory() {
+        assert!(available_bytes().is_none_or(|bytes| bytes > 1_000_000));
+    }
+}

@@ -1,0 +1,256 @@
+//! A model ready to answer: what `generate` and `chat` share.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use indicatif::DecimalBytes;
+use moge_engine::{Engine, EngineConfig, SamplingParams};
+use moge_model::{
+    ActivationType, BLOCK_SIZE, ChatTemplate, Checkpoint, Cpu, Dtype, GenerationDefaults, Isa, KvCache, LoadMode,
+    Model, ModelConfig, TokenId, Tokenizer, TokenizerError, Workspace, available_threads,
+};
+
+use crate::memory::{MemoryPlan, available_bytes};
+use crate::progress;
+
+/// Rows of a step: enough that each expert's weights are read for several tokens.
+const MAX_BATCHED_TOKENS: usize = 512;
+
+/// Sequences that run at the same time.
+const MAX_RUNNING: usize = 64;
+
+/// Which model, and how it runs.
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// Directory of the checkpoint: config.json, safetensors, tokenizer
+    #[arg(short, long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Worker threads [default: the processors this process may use]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<NonZeroUsize>,
+    /// Precision of activations and KV cache; auto takes bf16 for bf16 checkpoints, f32 for others
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) dtype: DtypeArg,
+    /// Map the weights, or read them whole (faster on network disks)
+    #[arg(long, value_enum, default_value = "mmap")]
+    pub(crate) load: LoadArg,
+    /// Run even if the weights do not fit into memory: they are read from disk again and again
+    #[arg(long)]
+    pub(crate) allow_paging: bool,
+}
+
+/// Precision of activations and KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DtypeArg {
+    /// As the checkpoint says.
+    Auto,
+    /// Activations and KV cache in f32; weights are widened as they are read.
+    F32,
+    /// Activations rounded to bf16, KV cache in bf16, sums in f32.
+    Bf16,
+}
+
+/// How the weights come into memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LoadArg {
+    /// Map the files.
+    Mmap,
+    /// Read the files.
+    Read,
+}
+
+/// How to sample. What is not given comes from the checkpoint's `generation_config.json`, else greedy.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+pub(crate) struct SamplingArgs {
+    /// Divides the logits; 0 takes the most likely token
+    #[arg(long, value_name = "T")]
+    temperature: Option<f64>,
+    /// Keep the K most likely tokens; 0 keeps all
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Keep the fewest most likely tokens whose probabilities add up to P
+    #[arg(long, value_name = "P")]
+    top_p: Option<f64>,
+    /// Keep tokens at least P times as likely as the most likely one
+    #[arg(long, value_name = "P")]
+    min_p: Option<f64>,
+    /// Divides the logits of tokens that have occurred; 1 is off
+    #[arg(long, value_name = "X")]
+    repetition_penalty: Option<f64>,
+    /// Subtracted from the logits of tokens in the output
+    #[arg(long, value_name = "X", allow_hyphen_values = true)]
+    presence_penalty: Option<f64>,
+    /// Subtracted for each time that a token is in the output
+    #[arg(long, value_name = "X", allow_hyphen_values = true)]
+    frequency_penalty: Option<f64>,
+    /// Added to a token's logit, as ID=VALUE; may be given several times
+    #[arg(long, value_name = "ID=VALUE", value_parser = parse_logit_bias)]
+    logit_bias: Vec<(TokenId, f64)>,
+    /// The same seed gives the same tokens, whatever else runs and on how many threads
+    #[arg(long, value_name = "S")]
+    seed: Option<u64>,
+    /// Stop before this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Stop at these token ids
+    #[arg(long, value_name = "ID,ID", value_delimiter = ',')]
+    stop_token_ids: Vec<u32>,
+    /// Do not stop before N tokens
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    min_tokens: usize,
+    /// Go on after an end-of-sequence token
+    #[arg(long)]
+    ignore_eos: bool,
+}
+
+fn parse_logit_bias(text: &str) -> Result<(TokenId, f64), String> {
+    let parse = || {
+        let (id, bias) = text.split_once('=')?;
+        Some((TokenId(id.trim().parse().ok()?), bias.trim().parse().ok()?))
+    };
+    parse().ok_or_else(|| format!("{text:?} is not ID=VALUE, as in 17=-2.5"))
+}
+
+impl SamplingArgs {
+    /// True if the user wants the same draw again.
+    pub(crate) fn seed_is_given(&self) -> bool {
+        self.seed.is_some()
+    }
+
+    /// Sampling parameters; `defaults` fill what the command line leaves open. Without a seed, `seed` is taken.
+    pub(crate) fn params(&self, defaults: &GenerationDefaults, seed: u64) -> SamplingParams {
+        // A file that does not ask for sampling states its temperature in vain.
+        let samples = defaults.do_sample == Some(true);
+        let default_temperature = if samples { defaults.temperature.map_or(1.0, f64::from) } else { 0.0 };
+        SamplingParams {
+            temperature: self.temperature.unwrap_or(default_temperature),
+            top_k: self.top_k.or(defaults.top_k),
+            top_p: self.top_p.or(defaults.top_p.map(f64::from)).unwrap_or(1.0),
+            min_p: self.min_p.or(defaults.min_p.map(f64::from)).unwrap_or(0.0),
+            repetition_penalty: self.repetition_penalty.or(defaults.repetition_penalty.map(f64::from)).unwrap_or(1.0),
+            presence_penalty: self.presence_penalty.unwrap_or(0.0),
+            frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
+            logit_bias: self.logit_bias.iter().copied().collect(),
+            seed: self.seed.unwrap_or(seed),
+            stop: self.stop.clone(),
+            stop_token_ids: self.stop_token_ids.iter().copied().map(TokenId).collect(),
+            min_tokens: self.min_tokens,
+            ignore_eos: self.ignore_eos,
+            ..SamplingParams::default()
+        }
+    }
+}
+
+/// The small files of a checkpoint: enough to make prompts of text.
+pub(crate) struct Frontend {
+    /// The checkpoint's directory.
+    pub(crate) dir: PathBuf,
+    /// The network's description.
+    pub(crate) config: ModelConfig,
+    /// The tokenizer, or why there is none.
+    tokenizer: Result<Arc<Tokenizer>, TokenizerError>,
+    /// What `generation_config.json` states.
+    pub(crate) defaults: GenerationDefaults,
+}
+
+impl Frontend {
+    /// Read the small files in `dir`. A checkpoint without tokenizer is fine as long as nobody asks for it.
+    pub(crate) fn open(dir: &Path) -> Result<Frontend> {
+        let config = ModelConfig::load(dir)?;
+        let defaults = GenerationDefaults::load(dir)?;
+        let tokenizer = match Tokenizer::load(dir) {
+            Err(error @ TokenizerError::Missing { .. }) => Err(error),
+            other => Ok(Arc::new(other?)),
+        };
+        if let Ok(tokenizer) = &tokenizer {
+            tokenizer.check_vocab(config.vocab_size)?;
+        }
+        Ok(Frontend { dir: dir.to_owned(), config, tokenizer, defaults })
+    }
+
+    /// The tokenizer.
+    pub(crate) fn tokenizer(&self) -> Result<&Arc<Tokenizer>> {
+        match &self.tokenizer {
+            Ok(tokenizer) => Ok(tokenizer),
+            Err(missing) => bail!("{missing}; without it a prompt can only be given as --tokens"),
+        }
+    }
+
+    /// The chat template.
+    pub(crate) fn chat_template(&self) -> Result<ChatTemplate> {
+        Ok(ChatTemplate::load(&self.dir, self.config.architecture)?)
+    }
+
+    /// Tokens that end a sequence, wherever the checkpoint names them.
+    pub(crate) fn eos_token_ids(&self) -> Vec<TokenId> {
+        let named = match &self.tokenizer {
+            Ok(tokenizer) => tokenizer.eos_token_ids(&self.config.eos_token_ids, &self.defaults),
+            Err(_) => self.config.eos_token_ids.iter().copied().map(TokenId).collect(),
+        };
+        named.into_iter().filter(|id| (id.0 as usize) < self.config.vocab_size).collect()
+    }
+
+    /// Load the weights and make an engine that can hold `sequence_tokens`, the greatest length of each sequence.
+    /// Returns the engine and the time that loading took.
+    pub(crate) fn load(&self, args: &ModelArgs, sequence_tokens: &[usize]) -> Result<(Engine, Duration)> {
+        let start = Instant::now();
+        let activation = match (args.dtype, self.config.dtype) {
+            (DtypeArg::F32, _) | (DtypeArg::Auto, Dtype::F32 | Dtype::F16) => ActivationType::F32,
+            (DtypeArg::Bf16, _) | (DtypeArg::Auto, Dtype::Bf16) => ActivationType::Bf16,
+        };
+        let num_threads = args.threads.map_or_else(available_threads, NonZeroUsize::get);
+        let max_running = sequence_tokens.len().clamp(1, MAX_RUNNING);
+        let total_tokens: usize = sequence_tokens.iter().sum();
+        let mut config = EngineConfig {
+            activation,
+            num_blocks: sequence_tokens.iter().map(|tokens| tokens.div_ceil(BLOCK_SIZE)).sum::<usize>().max(1),
+            max_batched_tokens: MAX_BATCHED_TOKENS.min(total_tokens).max(max_running),
+            max_running,
+            max_waiting: sequence_tokens.len().max(1),
+            eos_token_ids: self.eos_token_ids(),
+        };
+        let longest = sequence_tokens.iter().max().map_or(1, |tokens| tokens.div_ceil(BLOCK_SIZE).max(1));
+        self.fit_memory(args, &mut config, longest, num_threads)?;
+        let mode = match args.load {
+            LoadArg::Mmap => LoadMode::Mmap,
+            LoadArg::Read => LoadMode::Read,
+        };
+        let bar = progress::bytes("loading");
+        let model = Model::load(&self.dir, mode, &|done, total| progress::set(&bar, done, total))?;
+        if mode == LoadMode::Mmap && !args.allow_paging {
+            model.checkpoint().prefault(num_threads, &|done, total| progress::set(&bar, done, total));
+        }
+        bar.finish_and_clear();
+        let cpu = Cpu::new(Isa::best(), num_threads);
+        tracing::info!("{} threads, {}, {activation:?} activations", num_threads, cpu.isa().name());
+        let tokenizer = self.tokenizer.as_ref().ok().cloned();
+        Ok((Engine::new(model, cpu, tokenizer, &config), start.elapsed()))
+    }
+
+    /// Cut the KV cache to what memory allows, but not below `least_blocks`; refuses what will not fit even so.
+    fn fit_memory(
+        &self,
+        args: &ModelArgs,
+        config: &mut EngineConfig,
+        least_blocks: usize,
+        num_threads: usize,
+    ) -> Result<()> {
+        let Some(available) = available_bytes() else { return Ok(()) };
+        let block_bytes = KvCache::block_bytes(&self.config, config.activation);
+        let workspace_bytes = Workspace::bytes(&self.config, config.step_limits(&self.config, num_threads));
+        let weight_bytes = Checkpoint::file_bytes(&self.dir)?;
+        let plan = |blocks: usize| MemoryPlan { weight_bytes, kv_bytes: blocks as u64 * block_bytes, workspace_bytes };
+        let paging = args.allow_paging && args.load == LoadArg::Mmap;
+        plan(least_blocks).check(available, paging).with_context(|| self.dir.display().to_string())?;
+        let resident = if paging { workspace_bytes } else { weight_bytes + workspace_bytes };
+        let affordable = (available.saturating_sub(resident) / block_bytes) as usize;
+        config.num_blocks = config.num_blocks.min(affordable).max(least_blocks);
+        tracing::info!("memory: {} of {} available", plan(config.num_blocks), DecimalBytes(available));
+        Ok(())
+    }
+}
