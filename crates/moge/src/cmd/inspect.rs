@@ -5,13 +5,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
-use indicatif::{DecimalBytes, HumanCount, ProgressBar, ProgressStyle};
+use indicatif::{DecimalBytes, HumanCount};
 use moge_kernels::Dtype;
 use moge_model::{
     Checkpoint, CheckpointError, LoadMode, MlpConfig, ModelConfig, TensorSpec, count_non_finite, expected_tensors,
     tensor_problems,
 };
 use serde::Serialize;
+
+use crate::progress;
 
 /// Tokens for which the memory of the KV cache is given.
 const KV_TOKENS: u64 = 1024;
@@ -47,7 +49,7 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
         report.stored_bytes = Some(checkpoint.total_bytes());
         report.tensor_problems = tensor_problems(&config, checkpoint).iter().map(ToString::to_string).collect();
         if args.deep {
-            report.non_finite = Some(scan(checkpoint)?);
+            report.non_finite = Some(scan(checkpoint));
         }
     }
     match args.format {
@@ -74,10 +76,9 @@ fn open(dir: &Path) -> Result<Option<Checkpoint>> {
 }
 
 /// Read all data and list the tensors that hold NaN or infinity.
-fn scan(checkpoint: &Checkpoint) -> Result<Vec<NonFiniteTensor>> {
-    // The bar is hidden where standard error is no terminal.
-    let style = ProgressStyle::with_template("{bar:40} {decimal_bytes} of {decimal_total_bytes}, {eta} left")?;
-    let bar = ProgressBar::new(checkpoint.total_bytes()).with_style(style);
+fn scan(checkpoint: &Checkpoint) -> Vec<NonFiniteTensor> {
+    let bar = progress::bytes("reading");
+    let mut done = 0;
     let mut found = Vec::new();
     for (name, tensor) in checkpoint.tensors() {
         let count = count_non_finite(tensor);
@@ -85,10 +86,11 @@ fn scan(checkpoint: &Checkpoint) -> Result<Vec<NonFiniteTensor>> {
             let (num_nan, num_infinite) = (count.num_nan, count.num_infinite);
             found.push(NonFiniteTensor { name: name.to_string(), num_nan, num_infinite });
         }
-        bar.inc(tensor.bytes().len() as u64);
+        done += tensor.bytes().len() as u64;
+        progress::set(&bar, done, checkpoint.total_bytes());
     }
     bar.finish_and_clear();
-    Ok(found)
+    found
 }
 
 /// All that is printed, in either format.

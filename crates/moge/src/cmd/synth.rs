@@ -5,10 +5,12 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
-use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
+use indicatif::DecimalBytes;
 use moge_kernels::Dtype;
 use moge_model::Architecture;
 use moge_model::synth::{PRESETS, Preset, SynthConfig, SynthMlp, write_checkpoint};
+
+use crate::progress;
 
 /// Room left for tokenizer files and headers when free disk space is checked, in bytes.
 const OTHER_FILES_BYTES: u64 = 64_000_000;
@@ -95,10 +97,8 @@ pub(crate) fn run(args: &SynthArgs) -> Result<()> {
     let config = args.config()?;
     let weight_bytes = config.weight_bytes()?;
     check_free_space(&args.dir, weight_bytes + OTHER_FILES_BYTES)?;
-    // The bar is hidden where standard error is no terminal.
-    let style = ProgressStyle::with_template("{bar:40} {decimal_bytes} of {decimal_total_bytes}, {eta} left")?;
-    let bar = ProgressBar::new(weight_bytes).with_style(style);
-    write_checkpoint(&args.dir, &config, &mut |written, _| bar.set_position(written))?;
+    let bar = progress::bytes("writing");
+    write_checkpoint(&args.dir, &config, &mut |written, total| progress::set(&bar, written, total))?;
     bar.finish_and_clear();
     let num_parameters = weight_bytes / config.dtype.size_bytes() as u64;
     println!("{}: {num_parameters} parameters, {}", args.dir.display(), DecimalBytes(weight_bytes));
