@@ -12,6 +12,8 @@ use safetensors::tensor::Dtype as StoredDtype;
 use serde_json::Value;
 use thiserror::Error;
 
+use crate::checkpoint_writer::{INDEX_NAME, SINGLE_SHARD_NAME};
+
 /// Bytes read by one thread at a time.
 const READ_CHUNK_BYTES: usize = 16 << 20;
 
@@ -303,7 +305,7 @@ impl Checkpoint {
 type Files = BTreeMap<String, Option<BTreeSet<String>>>;
 
 fn index_path(dir: &Path) -> PathBuf {
-    dir.join("model.safetensors.index.json")
+    dir.join(INDEX_NAME)
 }
 
 fn list_files(dir: &Path) -> Result<Files, CheckpointError> {
@@ -311,11 +313,10 @@ fn list_files(dir: &Path) -> Result<Files, CheckpointError> {
     if index.exists() {
         return read_index(&index);
     }
-    let name = "model.safetensors";
-    if !dir.join(name).exists() {
+    if !dir.join(SINGLE_SHARD_NAME).exists() {
         return Err(CheckpointError::NoWeights { dir: dir.display().to_string() });
     }
-    Ok(BTreeMap::from([(name.to_owned(), None)]))
+    Ok(BTreeMap::from([(SINGLE_SHARD_NAME.to_owned(), None)]))
 }
 
 fn read_index(path: &Path) -> Result<Files, CheckpointError> {

@@ -9,6 +9,10 @@ use thiserror::Error;
 /// No size in a config may exceed this; keeps every product of three sizes inside 64 bits.
 const MAX_SIZE: u64 = 1 << 21;
 
+/// No network may have more layers, or more experts in all its layers: each is a list entry with a name.
+const MAX_LAYERS: usize = 1 << 12;
+const MAX_EXPERTS_IN_ALL: usize = 1 << 18;
+
 /// The networks that the one decoder runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Architecture {
@@ -298,11 +302,21 @@ impl RawConfig<'_> {
             Architecture::PanguProMoe => MlpConfig::GroupedExperts(self.moe()?),
             _ => MlpConfig::Dense { intermediate_size: self.size("intermediate_size")? },
         };
+        let num_layers = self.size("num_hidden_layers")?;
+        if num_layers > MAX_LAYERS {
+            return Err(self.bad("num_hidden_layers", format!("{num_layers} is more than {MAX_LAYERS}")));
+        }
+        if let MlpConfig::GroupedExperts(moe) = &mlp
+            && moe.num_experts > MAX_EXPERTS_IN_ALL / num_layers
+        {
+            let problem = format!("{} in {num_layers} layers are more than {MAX_EXPERTS_IN_ALL}", moe.num_experts);
+            return Err(self.bad("num_experts", problem));
+        }
         Ok(ModelConfig {
             architecture,
             vocab_size: self.size("vocab_size")?,
             hidden_size,
-            num_layers: self.size("num_hidden_layers")?,
+            num_layers,
             num_q_heads,
             num_kv_heads,
             head_dim,

@@ -1,4 +1,5 @@
 //! A sequence's logits are the same bits alone, among others, in any chunks, and with any number of threads.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod common;
 

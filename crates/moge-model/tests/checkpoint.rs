@@ -1,4 +1,5 @@
 //! Bad checkpoint files: each gets a clear error, none a panic or a huge allocation.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::path::{Path, PathBuf};
 

@@ -1,5 +1,6 @@
 //! Our SentencePiece reader against what the C++ library did (`reference/sentencepiece_goldens.py`), and against files
 //! that mean harm.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::fs;
 use std::path::PathBuf;

@@ -65,7 +65,7 @@ fn control_group_bytes() -> Option<u64> {
     let root = Path::new("/sys/fs/cgroup");
     let leaf = root.join(own);
     let levels = leaf.ancestors().take_while(|dir| dir.starts_with(root));
-    levels.filter_map(|dir| control_group_level(dir)).min()
+    levels.filter_map(control_group_level).min()
 }
 
 fn control_group_level(dir: &Path) -> Option<u64> {

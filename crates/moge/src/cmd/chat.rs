@@ -286,7 +286,7 @@ impl<'a> Printer<'a> {
             self.answer += text;
             if !text.is_empty() && self.dimmed {
                 self.dimmed = false;
-                print!("\x1b[0m\n");
+                println!("\x1b[0m");
             }
             print!("{text}");
         } else if self.terminal {

@@ -1,7 +1,6 @@
 //! `moge synth`: write a random checkpoint.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
@@ -216,12 +215,10 @@ fn check_free_space(dir: &Path, needed_bytes: u64) -> Result<()> {
     }
 }
 
-/// Free bytes on the disk of `path`, as POSIX `df` tells: the fourth column of its last line, in KiB.
+/// Bytes free to this user on the disk of `path`.
 fn free_bytes(path: &Path) -> Option<u64> {
-    let output = Command::new("df").arg("-Pk").arg(path).output().ok()?;
-    let text = String::from_utf8(output.stdout).ok()?;
-    let kib: u64 = text.lines().last()?.split_whitespace().nth(3)?.parse().ok()?;
-    kib.checked_mul(1024)
+    let disk = rustix::fs::statvfs(path).ok()?;
+    disk.f_bavail.checked_mul(disk.f_frsize)
 }
 
 #[cfg(test)]

@@ -1,0 +1,346 @@
+//! The real binary on small checkpoints: what a user types, and what comes out.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::{Value, json};
+
+fn golden(case: &str) -> String {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens").join(case);
+    dir.canonicalize().unwrap().to_str().unwrap().to_owned()
+}
+
+fn moge_with_input(args: &[&str], input: &[u8]) -> Output {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_moge"))
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The command may refuse its arguments before it reads anything.
+    let _ = child.stdin.take().unwrap().write_all(input);
+    child.wait_with_output().unwrap()
+}
+
+fn moge(args: &[&str]) -> Output {
+    moge_with_input(args, b"")
+}
+
+#[track_caller]
+fn stdout(output: Output) -> String {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[track_caller]
+fn json_of(output: Output) -> Value {
+    serde_json::from_str(&stdout(output)).unwrap()
+}
+
+/// The command must fail with one error line that holds all `parts`, and must not panic.
+#[track_caller]
+fn assert_refused(args: &[&str], parts: &[&str]) {
+    let output = moge(args);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success(), "{args:?} should be refused");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    for part in parts {
+        assert!(stderr.contains(part), "{part:?} is not in: {stderr}");
+    }
+}
+
+struct Synthetic(tempfile::TempDir);
+
+impl Synthetic {
+    fn new(arch: &str) -> Synthetic {
+        let dir = tempfile::tempdir().unwrap();
+        stdout(moge(&["synth", dir.path().join("m").to_str().unwrap(), "--arch", arch]));
+        Synthetic(dir)
+    }
+
+    fn path(&self) -> PathBuf {
+        self.0.path().join("m")
+    }
+
+    fn arg(&self) -> String {
+        self.path().to_str().unwrap().to_owned()
+    }
+}
+
+fn recorded(case: &str, name: &str) -> Vec<u32> {
+    let bytes = std::fs::read(Path::new(&golden(case)).join("expected.safetensors")).unwrap();
+    let header_len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&bytes[8..8 + header_len]).unwrap();
+    let offsets = &header[name]["data_offsets"];
+    let place = |i: usize| 8 + header_len + offsets[i].as_u64().unwrap() as usize;
+    bytes[place(0)..place(1)].chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect()
+}
+
+#[test]
+fn generate_continues_tokens_as_pytorch_does() {
+    for case in ["pangu-pro-moe-v1", "pangu-pro-moe-k2", "pangu-embedded", "qwen3-tied", "glm4-rope-parameters"] {
+        let prompt = recorded(case, "greedy_prompt");
+        let prompt_arg: Vec<String> = prompt.iter().map(u32::to_string).collect();
+        let args = ["generate", "--model", &golden(case), "--tokens", &prompt_arg.join(","), "--format", "json"];
+        let args =
+            [&args[..], &["--dtype", "f32", "--max-tokens", "64", "--ignore-eos", "--temperature", "0"]].concat();
+        let answer = json_of(moge(&args));
+        assert_eq!(answer["prompt_tokens"], json!(prompt), "--tokens are taken literally");
+        assert_eq!(answer["tokens"], json!(recorded(case, "greedy_tokens")), "{case}");
+        assert_eq!(answer["finish_reason"], "length");
+        assert_eq!(answer["usage"]["total_tokens"], json!(prompt.len() + 64));
+        assert_eq!(answer["text"], "", "no tokenizer, no text");
+    }
+}
+
+#[test]
+fn reading_the_weights_gives_the_same_tokens_as_mapping_them() {
+    let model = golden("pangu-pro-moe-v1");
+    let run = |load: &str, threads: &str| {
+        let args = ["generate", "-m", &model, "--tokens", "5,6,7", "--format", "json", "--logprobs", "2", "-n", "9"];
+        let mut answer = json_of(moge(&[&args[..], &["--load", load, "--threads", threads]].concat()));
+        answer.as_object_mut().unwrap().remove("timings");
+        answer
+    };
+    assert_eq!(run("mmap", "1"), run("read", "3"));
+}
+
+#[test]
+fn json_has_every_field_with_logprobs_that_fit_one_another() {
+    let model = Synthetic::new("pangu-pro-moe");
+    let args = ["generate", "-m", &model.arg(), "-p", "hello 系统", "-n", "6", "--format", "json"];
+    let answer =
+        json_of(moge(&[&args[..], &["--logprobs", "3", "--prompt-logprobs", "2", "--temperature", "0"]].concat()));
+    let keys: Vec<&String> = answer.as_object().unwrap().keys().collect();
+    let expected = [
+        "model",
+        "prompt_tokens",
+        "tokens",
+        "text",
+        "finish_reason",
+        "logprobs",
+        "prompt_logprobs",
+        "usage",
+        "timings",
+    ];
+    assert_eq!(keys, expected);
+    let prompt_tokens = answer["prompt_tokens"].as_array().unwrap();
+    assert_eq!(prompt_tokens[0], 1, "BOS comes first");
+    let prompt_logprobs = answer["prompt_logprobs"].as_array().unwrap();
+    assert_eq!((prompt_logprobs.len(), &prompt_logprobs[0]), (prompt_tokens.len(), &Value::Null));
+    for (place, entry) in answer["logprobs"].as_array().unwrap().iter().enumerate() {
+        assert_eq!(entry["token"], answer["tokens"][place]);
+        let top = entry["top"].as_array().unwrap();
+        assert_eq!(top.len(), 3);
+        assert_eq!(top[0]["token"], entry["token"], "greedy takes the likeliest");
+        assert_eq!(top[0]["logprob"], entry["logprob"]);
+        assert!(entry["logprob"].as_f64().unwrap() < 0.0 && entry["text"].is_string());
+    }
+    for timing in ["load_ms", "prefill_ms", "decode_ms", "prefill_tokens_per_s", "decode_tokens_per_s"] {
+        assert!(answer["timings"][timing].as_f64().unwrap() > 0.0, "{timing}");
+    }
+}
+
+#[test]
+fn streamed_text_equals_the_text_in_json_and_the_decoded_tokens() {
+    for arch in ["pangu-pro-moe", "qwen3", "glm4"] {
+        let model = Synthetic::new(arch);
+        let args = ["generate", "-m", &model.arg(), "-p", "a 助手 b", "-n", "40", "--temperature", "1", "--seed", "3"];
+        let streamed = stdout(moge(&args));
+        let answer = json_of(moge(&[&args[..], &["--format", "json"]].concat()));
+        assert_eq!(streamed, format!("{}\n", answer["text"].as_str().unwrap()), "{arch}");
+        let ids: Vec<String> = answer["tokens"].as_array().unwrap().iter().map(Value::to_string).collect();
+        let decoded = json_of(moge(&["tokenize", "-m", &model.arg(), "--decode", &ids.join(",")]));
+        if answer["finish_reason"] == "length" {
+            // Pangu's decoder drops the space in front of a text; a continuation has none in front.
+            let text = answer["text"].as_str().unwrap();
+            assert_eq!(decoded["text"].as_str().unwrap().trim_start(), text.trim_start(), "{arch}");
+        }
+    }
+}
+
+#[test]
+fn a_stop_string_ends_the_text_before_it_and_a_stop_token_is_in_tokens_only() {
+    let model = Synthetic::new("pangu-pro-moe");
+    let args = ["generate", "-m", &model.arg(), "-p", "x", "-n", "30", "--temperature", "0", "--format", "json"];
+    let free = json_of(moge(&args));
+    let text = free["text"].as_str().unwrap();
+    let stop: String = text.chars().skip(3).take(2).collect();
+    let stopped = json_of(moge(&[&args[..], &["--stop", &stop]].concat()));
+    assert_eq!(stopped["finish_reason"], "stop");
+    assert_eq!(stopped["text"].as_str().unwrap(), text.split(&stop).next().unwrap());
+    let token = free["tokens"][4].to_string();
+    let stopped = json_of(moge(&[&args[..], &["--stop-token-ids", &token]].concat()));
+    assert_eq!(stopped["finish_reason"], "stop");
+    assert_eq!(stopped["tokens"].as_array().unwrap().last().unwrap().to_string(), token);
+    assert!(text.starts_with(stopped["text"].as_str().unwrap()));
+}
+
+#[test]
+fn a_file_of_prompts_gives_the_same_answers_in_order_as_each_alone() {
+    let model = Synthetic::new("qwen3");
+    let file = model.path().join("prompts.jsonl");
+    std::fs::write(
+        &file,
+        "{\"prompt\": \"one\"}\n\n{\"tokens\": [300, 301, 302]}\n{\"prompt\": \"three 3\", \"max_tokens\": 3}\n",
+    )
+    .unwrap();
+    let sampling = ["-n", "7", "--temperature", "1.5", "--seed", "9", "--ignore-eos"];
+    let args = ["generate", "-m", &model.arg(), "--input", file.to_str().unwrap()];
+    let lines = stdout(moge(&[&args[..], &sampling].concat()));
+    let together: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(together.len(), 3);
+    for (answer, prompt) in together.iter().zip([["-p", "one"], ["--tokens", "300,301,302"], ["-p", "three 3"]]) {
+        let args = ["generate", "-m", &model.arg(), "--format", "json"];
+        let alone = json_of(moge(&[&args[..], &prompt, &sampling].concat()));
+        let num_tokens = answer["tokens"].as_array().unwrap().len();
+        assert_eq!(answer["prompt_tokens"], alone["prompt_tokens"]);
+        assert_eq!(answer["tokens"].as_array().unwrap()[..], alone["tokens"].as_array().unwrap()[..num_tokens]);
+    }
+    assert_eq!(together[2]["tokens"].as_array().unwrap().len(), 3);
+}
+
+#[test]
+fn tokenize_adds_one_bos_reads_standard_input_and_goes_back() {
+    let model = Synthetic::new("pangu-pro-moe");
+    let text = "hello\n 系统：\u{1F600}\t ";
+    let tokenized = json_of(moge_with_input(&["tokenize", "-m", &model.arg()], text.as_bytes()));
+    assert_eq!(tokenized["ids"][0], 1);
+    let bare = json_of(moge(&["tokenize", "-m", &model.arg(), "--no-bos", text]));
+    let (ids, bare_ids) = (tokenized["ids"].as_array().unwrap(), bare["ids"].as_array().unwrap());
+    assert_eq!(ids[1..], bare_ids[..]);
+    assert_eq!(bare["pieces"].as_array().unwrap().len(), bare_ids.len());
+    let list: Vec<String> = bare_ids.iter().map(Value::to_string).collect();
+    assert_eq!(json_of(moge(&["tokenize", "-m", &model.arg(), "--decode", &list.join(",")]))["text"], text);
+    let output = moge_with_input(&["tokenize", "-m", &model.arg()], b"ab\xffc");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("not UTF-8 at byte 2"));
+}
+
+#[test]
+fn a_chat_file_is_written_in_the_built_in_pangu_format_with_one_bos() {
+    let model = Synthetic::new("pangu-embedded");
+    let file = model.path().join("messages.json");
+    std::fs::write(&file, r#"[{"role": "user", "content": "hi"}]"#).unwrap();
+    let tokenized = json_of(moge(&["tokenize", "-m", &model.arg(), "--chat", file.to_str().unwrap()]));
+    let pieces: Vec<&str> = tokenized["pieces"].as_array().unwrap().iter().map(|p| p.as_str().unwrap()).collect();
+    assert_eq!(pieces.iter().filter(|&&piece| piece == "<s>").count(), 1);
+    assert_eq!(pieces[..2], ["<s>", "[unused9]"]);
+    let ids: Vec<String> = tokenized["ids"].as_array().unwrap()[1..].iter().map(Value::to_string).collect();
+    let text = json_of(moge(&["tokenize", "-m", &model.arg(), "--decode", &ids.join(",")]))["text"].clone();
+    assert_eq!(text, "[unused9]系统：[unused10][unused9]用户：hi[unused10][unused9]助手：");
+}
+
+#[test]
+fn chat_answers_once_or_converses_over_a_pipe() {
+    for arch in ["pangu-pro-moe", "qwen3", "glm4"] {
+        let model = Synthetic::new(arch);
+        let args = ["chat", "-m", &model.arg(), "-n", "8", "--temperature", "0"];
+        stdout(moge(&[&args[..], &["hello"]].concat()));
+        let script =
+            "hello\n/stats\nand\\\nmore\n/think off\n/system be kind\nagain\n/reset\n/nonsense\n/exit\nnever\n";
+        let output = moge_with_input(&args, script.as_bytes());
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{arch}: {stderr}");
+        assert!(stderr.contains("tokens/s") && stderr.contains("/nonsense is unknown"), "{arch}: {stderr}");
+        assert!(!stderr.contains("error"), "{arch}: {stderr}");
+    }
+}
+
+#[test]
+fn bad_prompts_and_parameters_are_refused_by_name() {
+    let model = Synthetic::new("pangu-pro-moe");
+    let generate = |more: &[&'static str], parts: &[&str]| {
+        assert_refused(&[&["generate", "-m", &model.arg()], more].concat(), parts);
+    };
+    generate(&[], &["--prompt"]);
+    generate(&["--tokens", "1,99999"], &["token 99999 at index 1", "vocabulary size 512"]);
+    generate(&["--tokens", ""], &["invalid value"]);
+    generate(&["-p", "x", "--top-p", "1.5"], &["top_p: 1.5"]);
+    generate(&["-p", "x", "--logit-bias", "7"], &["ID=VALUE"]);
+    generate(&["-p", "x", "--logprobs", "3"], &["--format json"]);
+    generate(&["-p", "x", "--prompt-file", "y"], &["cannot be used with"]);
+    generate(&["--prompt-file", "no-such-file"], &["no-such-file", "No such file"]);
+    generate(&["-p", "x", "--max-tokens", "0"], &["max_tokens: 0"]);
+    let long = vec!["5"; 1024].join(",");
+    assert_refused(&["generate", "-m", &model.arg(), "--tokens", &long], &["1024 tokens", "at most 1023"]);
+    let empty = Synthetic::new("qwen3");
+    assert_refused(&["generate", "-m", &empty.arg(), "-p", ""], &["prompt: it has no token"]);
+}
+
+#[test]
+fn bad_lines_of_an_input_file_are_refused_with_their_number() {
+    let model = Synthetic::new("pangu-pro-moe");
+    let file = model.path().join("prompts.jsonl");
+    for (line, parts) in [
+        ("{\"prompt\": \"a\"", "prompts.jsonl:2"),
+        ("{\"prompt\": \"a\", \"tokens\": [1]}", "prompts.jsonl:2: exactly one"),
+        ("{\"promt\": \"a\"}", "unknown field `promt`"),
+        ("{\"tokens\": [-1]}", "prompts.jsonl:2"),
+        ("{\"tokens\": [5000]}", "token 5000"),
+    ] {
+        std::fs::write(&file, format!("{{\"prompt\": \"fine\"}}\n{line}\n")).unwrap();
+        assert_refused(&["generate", "-m", &model.arg(), "--input", file.to_str().unwrap()], &[parts]);
+    }
+    std::fs::write(&file, "\n").unwrap();
+    assert_refused(&["generate", "-m", &model.arg(), "--input", file.to_str().unwrap()], &["no prompts"]);
+}
+
+#[test]
+fn damaged_checkpoints_are_refused_with_file_and_field() {
+    let model = Synthetic::new("pangu-pro-moe");
+    let generate = ["generate", "-m", &model.arg(), "-p", "x"];
+    let config = model.path().join("config.json");
+    let good = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, "{").unwrap();
+    assert_refused(&generate, &["config.json", "not a JSON object"]);
+    std::fs::write(&config, good.replace("\"silu\"", "\"gelu\"")).unwrap();
+    assert_refused(&generate, &["config.json: hidden_act", "gelu"]);
+    std::fs::write(&config, good.replace("PanguProMoEForCausalLM", "LlamaForCausalLM")).unwrap();
+    assert_refused(&generate, &["architectures", "supported: PanguProMoEForCausalLM"]);
+    let mut small: Value = serde_json::from_str(&good).unwrap();
+    small["vocab_size"] = json!(300);
+    std::fs::write(&config, small.to_string()).unwrap();
+    assert_refused(&generate, &["tokenizer.model", "vocab_size 300"]);
+    std::fs::write(&config, &good).unwrap();
+    std::fs::write(model.path().join("tokenizer.model"), b"\x0a\xff\xff").unwrap();
+    assert_refused(&generate, &["tokenizer.model"]);
+    std::fs::remove_file(model.path().join("tokenizer.model")).unwrap();
+    assert_refused(&generate, &["neither tokenizer.json nor tokenizer.model", "--tokens"]);
+    let tokens_only = ["generate", "-m", &model.arg(), "--tokens", "5", "-n", "2"];
+    stdout(moge(&tokens_only));
+    assert_refused(&["generate", "-m", "/no/such/dir", "-p", "x"], &["/no/such/dir/config.json"]);
+}
+
+#[test]
+fn nan_weights_end_with_an_error_that_says_where_to_look() {
+    let model = Synthetic::new("qwen3");
+    let file = model.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let end = bytes.len();
+    bytes[end - 20_000..].fill(0xff);
+    std::fs::write(&file, bytes).unwrap();
+    assert_refused(&["generate", "-m", &model.arg(), "-p", "x"], &["inspect --deep"]);
+}
+
+#[test]
+fn too_little_memory_is_said_before_anything_is_loaded() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("m");
+    let arg = model.to_str().unwrap();
+    // 64 KiB of keys and values a token: 1 900 000 tokens need more than 100 GB.
+    let sizes = "--layers 1 --hidden 8 --q-heads 64 --kv-heads 64 --head-dim 128 --max-position 2000000";
+    stdout(moge(&[&["synth", arg, "--arch", "pangu-embedded"], &sizes.split(' ').collect::<Vec<_>>()[..]].concat()));
+    let generate = ["generate", "-m", arg, "-p", "x", "--dtype", "f32", "-n"];
+    assert_refused(&[&generate[..], &["1900000"]].concat(), &["not enough memory", "KV cache 12", "would be left"]);
+    stdout(moge(&[&generate[..], &["3"]].concat()));
+}
+
+#[test]
+fn completions_are_written_for_every_shell() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        assert!(stdout(moge(&["completions", shell])).contains("generate"));
+    }
+}
