@@ -2,10 +2,13 @@
 
 use std::ops::Range;
 
-use super::tile::{BLOCK_COLS, BLOCK_ROWS, Block, InputRows, multiply_block};
+use super::tile::{BLOCK_COLS, BLOCK_ROWS, Block, InputRows, TILE_COLS, multiply_block};
 use crate::cpu::{Cpu, SharedMut};
 use crate::elements::{ActivationType, Matrix};
 use crate::swiglu::swiglu;
+
+/// Parts of the work for each thread, so that the last ones to finish wait little.
+const PARTS_PER_THREAD: usize = 4;
 
 /// Dispatched rows: rows of a step, once per expert that they use, in the order of the experts.
 #[derive(Clone, Copy, Debug)]
@@ -159,8 +162,8 @@ fn check(out_len: usize, input: InputRows<'_>, offsets: &[usize], num_cols: usiz
     }
 }
 
-/// Call `body(expert, dispatched rows, output columns)` for every expert that has rows and every run of at most
-/// [`BLOCK_COLS`] columns.
+/// Call `body(expert, dispatched rows, output columns)` for every expert that has rows and every run of its columns.
+/// Runs are short enough to keep all threads busy, and at most [`BLOCK_COLS`] long.
 fn for_each_part(
     cpu: &Cpu,
     offsets: &[usize],
@@ -168,12 +171,15 @@ fn for_each_part(
     body: impl Fn(usize, Range<usize>, Range<usize>) + Sync,
 ) {
     let with_rows = || offsets.windows(2).enumerate().filter(|(_, pair)| pair[0] != pair[1]);
-    let parts_per_expert = num_cols.div_ceil(BLOCK_COLS);
-    cpu.for_each(with_rows().count() * parts_per_expert, |chunk| {
+    let num_experts = with_rows().count();
+    let wanted_cols = (num_experts * num_cols).div_ceil(PARTS_PER_THREAD * cpu.num_threads());
+    let part_cols = wanted_cols.next_multiple_of(TILE_COLS).clamp(2 * TILE_COLS, BLOCK_COLS);
+    let parts_per_expert = num_cols.div_ceil(part_cols);
+    cpu.for_each(num_experts * parts_per_expert, |chunk| {
         let (nth, part) = (chunk / parts_per_expert, chunk % parts_per_expert);
         if let Some((expert, pair)) = with_rows().nth(nth) {
-            let first_col = part * BLOCK_COLS;
-            body(expert, pair[0]..pair[1], first_col..num_cols.min(first_col + BLOCK_COLS));
+            let first_col = part * part_cols;
+            body(expert, pair[0]..pair[1], first_col..num_cols.min(first_col + part_cols));
         }
     });
 }

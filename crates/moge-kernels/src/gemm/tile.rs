@@ -18,8 +18,8 @@ use crate::simd::{MAX_LANES, Simd, SimdOp, Stored};
 const PIECE_LEN: usize = 1024;
 /// Most input rows of a block: 48 rows of one piece are 192 KiB, within a 512 KiB L2.
 pub(super) const BLOCK_ROWS: usize = 48;
-/// Most weight rows of a block. A decode step reads 320 KiB of bf16 per block at width 5120, some 15 us.
-pub(super) const BLOCK_COLS: usize = 32;
+/// Most weight rows of a block: so often is a piece of the input used once it is in L2.
+pub(super) const BLOCK_COLS: usize = 64;
 /// Up to this many input rows the weights come from memory as one stream per weight row; with more, the inner
 /// dimension is the outer loop, which keeps the input in L2.
 const FEW_ROWS: usize = 12;
@@ -51,22 +51,27 @@ impl<'a> InputRows<'a> {
 }
 
 /// `out[r][n] = sum over k of x[rows.start + r, k] * w[n, k]`, for at most [`BLOCK_ROWS`] rows and
-/// [`BLOCK_COLS`] weight rows.
+/// [`BLOCK_COLS`] weight rows. Other numbers of `out` become unspecified.
 pub(super) fn multiply_block(isa: Isa, x: InputRows<'_>, rows: Range<usize>, w: Matrix<'_>, out: &mut Block) {
     assert!(rows.len() <= BLOCK_ROWS && w.rows() <= BLOCK_COLS && w.cols() == x.width);
-    let num_cols = w.rows();
+    let mut x_rows = [x.x.as_ptr(); BLOCK_ROWS];
+    for (x_row, row) in x_rows.iter_mut().zip(rows.clone()) {
+        *x_row = x.row(row).as_ptr();
+    }
+    let (x, width, num_cols) = (&x_rows[..rows.len()], x.width, w.rows());
     match w.elements() {
-        Elements::F32(w) => isa.run(MultiplyBlock { x, rows, w, num_cols, out }),
-        Elements::F16(w) => isa.run(MultiplyBlock { x, rows, w, num_cols, out }),
-        Elements::Bf16(w) => isa.run(MultiplyBlock { x, rows, w, num_cols, out }),
+        Elements::F32(w) => isa.run(MultiplyBlock { x, w, width, num_cols, out }),
+        Elements::F16(w) => isa.run(MultiplyBlock { x, w, width, num_cols, out }),
+        Elements::Bf16(w) => isa.run(MultiplyBlock { x, w, width, num_cols, out }),
     }
 }
 
 struct MultiplyBlock<'a, W> {
-    x: InputRows<'a>,
-    rows: Range<usize>,
-    /// `[num_cols, x.width]`.
+    /// Where each input row begins; `width` numbers are readable there.
+    x: &'a [*const f32],
+    /// `[num_cols, width]`.
     w: &'a [W],
+    width: usize,
     num_cols: usize,
     out: &'a mut Block,
 }
@@ -76,13 +81,12 @@ impl<W: Stored> SimdOp for MultiplyBlock<'_, W> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        let width = self.x.width;
-        let cols_at_once = if self.rows.len() <= FEW_ROWS { TILE_COLS } else { BLOCK_COLS };
+        let cols_at_once = if self.x.len() <= FEW_ROWS { TILE_COLS } else { BLOCK_COLS };
         for first_col in (0..self.num_cols).step_by(cols_at_once) {
             let last_col = self.num_cols.min(first_col + cols_at_once);
             // An empty sum is a sum too: one piece of length 0.
-            for start in (0..width.max(1)).step_by(PIECE_LEN) {
-                let piece = start..width.min(start + PIECE_LEN);
+            for start in (0..self.width.max(1)).step_by(PIECE_LEN) {
+                let piece = start..self.width.min(start + PIECE_LEN);
                 for col in (first_col..last_col).step_by(TILE_COLS) {
                     self.add_piece(simd, col, piece.clone());
                 }
@@ -95,44 +99,50 @@ impl<W: Stored> MultiplyBlock<'_, W> {
     /// Add `piece` of the inner dimension to the sums of columns `col..col + TILE_COLS`.
     #[inline(always)]
     fn add_piece<S: Simd>(&mut self, simd: S, col: usize, piece: Range<usize>) {
-        let width = self.x.width;
         let mut w = [self.w.as_ptr(); TILE_COLS];
         for (n, w) in w.iter_mut().enumerate() {
-            // Past the last weight row the last one is used again; its sums are not stored.
+            // Past the last weight row the last one is used again; nobody reads its sums.
             let row = (col + n).min(self.num_cols - 1);
-            *w = self.w[row * width..(row + 1) * width][piece.clone()].as_ptr();
+            *w = self.w[row * self.width..(row + 1) * self.width][piece.clone()].as_ptr();
         }
         let mut row = 0;
-        while row < self.rows.len() {
-            row += match self.rows.len() - row {
-                1 => self.add_tile::<S, 1>(simd, row, col, w, piece.clone()),
-                2 => self.add_tile::<S, 2>(simd, row, col, w, piece.clone()),
-                _ => self.add_tile::<S, TILE_ROWS>(simd, row, col, w, piece.clone()),
+        while row < self.x.len() {
+            // SAFETY: `piece` is within the width of every row, and each `w` has its length.
+            row += unsafe {
+                match self.x.len() - row {
+                    1 => self.add_tile::<S, 1>(simd, [row, col], w, piece.clone()),
+                    2 => self.add_tile::<S, 2>(simd, [row, col], w, piece.clone()),
+                    _ => self.add_tile::<S, TILE_ROWS>(simd, [row, col], w, piece.clone()),
+                }
             };
         }
     }
 
-    /// Add `piece` to the sums of `M` rows from `row`; returns `M`.
+    /// Add `piece` to the sums of `M` rows and [`TILE_COLS`] columns from `[row, col]`; returns `M`.
+    ///
+    /// # Safety
+    /// `piece` is within `width`, and its length is readable at each `w`.
     #[inline(always)]
-    fn add_tile<S: Simd, const M: usize>(
+    unsafe fn add_tile<S: Simd, const M: usize>(
         &mut self,
         simd: S,
-        row: usize,
-        col: usize,
+        [row, col]: [usize; 2],
         w: [*const W; TILE_COLS],
         piece: Range<usize>,
     ) -> usize {
-        let mut x = [self.x.x.as_ptr(); M];
+        let mut x = [self.x[row]; M];
         for (m, x) in x.iter_mut().enumerate() {
-            *x = self.x.row(self.rows.start + row + m)[piece.clone()].as_ptr();
+            // SAFETY: `width` numbers are readable at the row.
+            *x = unsafe { self.x[row + m].add(piece.start) };
         }
-        // SAFETY: Every pointer comes from a slice of the piece's length.
+        // SAFETY: The length of the piece is readable at each pointer.
         let sums = unsafe { dot_tile(simd, x, w, piece.len()) };
-        let num_cols = TILE_COLS.min(self.num_cols - col);
-        for (m, sums) in sums.iter().enumerate() {
-            let out = &mut self.out[row + m][col..col + num_cols];
-            for (out, sum) in out.iter_mut().zip(sums) {
-                *out = if piece.start == 0 { *sum } else { *out + sum };
+        for (out, sums) in self.out[row..row + M].iter_mut().zip(&sums) {
+            let out = &mut out[col..col + TILE_COLS];
+            if piece.start == 0 {
+                out.copy_from_slice(sums);
+            } else {
+                out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
             }
         }
         M
