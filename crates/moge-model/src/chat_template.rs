@@ -3,22 +3,21 @@
 //! Templates are written for Jinja2 as `transformers` sets it up, and come from strangers: what one may do is bounded
 //! by fuel, which pays for every step and every byte it makes.
 
+mod engine;
 mod namespace;
+mod rewrite;
 mod strftime;
 mod tojson;
 
 use std::path::Path;
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::time::Duration;
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, StringInput, Value as JinjaValue, ValueKind};
-use minijinja::{AutoEscape, Environment, ErrorKind, Output, State};
+use minijinja::{Environment, ErrorKind};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
 use crate::tokenizer::files::{TokenizerFiles, read_optional};
 use crate::{Architecture, TokenId, Tokenizer, TokenizerError};
+use engine::{Raised, describe, jinja_value, run_bounded};
 
 /// Pangu's chat format; its first checkpoints state it in prose only.
 const PANGU_TEMPLATE: &str = include_str!("chat_template/pangu.jinja");
@@ -26,30 +25,11 @@ const PANGU_TEMPLATE: &str = include_str!("chat_template/pangu.jinja");
 /// What a user's text ends with to ask Pangu for an answer without thinking.
 const NO_THINK: &str = " /no_think";
 
-/// The longest template taken, in bytes; known ones have less than 20 000.
-const MAX_TEMPLATE_BYTES: usize = 128 << 10;
-
-/// Stack for templates: the engine recurses over expressions, at most once per byte of a template, and takes less than
-/// 512 bytes each time. Memory that is not touched is not used.
-const STACK_BYTES: usize = 256 << 20;
-
-/// Time for one template; a usual one takes milliseconds.
-const MAX_TIME: Duration = Duration::from_secs(10);
-
 /// Work that a render may do whatever its input: about a million steps, or 64 MB of text.
 const FUEL: u64 = 1_000_000;
 
 /// Work that each byte of input adds: a short message of 40 bytes allows 320 steps.
 const FUEL_PER_INPUT_BYTE: u64 = 8;
-
-/// Bytes of text that cost as much as one step, the rate of the template engine.
-const BYTES_PER_FUEL: usize = 64;
-
-/// Values nested deeper are refused, as each level is a call on the stack; what a client sends is at most 128 deep.
-const MAX_DEPTH: usize = 200;
-
-/// How deep macros and includes may call one another; each level takes some KB of stack.
-const MAX_RECURSION: usize = 100;
 
 /// The name of the template that is used unless another is asked for.
 const DEFAULT: &str = "default";
@@ -210,7 +190,7 @@ impl ChatTemplate {
         };
         let environment = run_bounded(&file, {
             let file = file.clone();
-            move || environment(&file, sources)
+            move || engine::environment(&file, sources)
         })??;
         Ok(Self { file, architecture, environment, special_tokens: special_tokens(&files) })
     }
@@ -304,167 +284,6 @@ fn named_sources(file: &str, template: &Value) -> Result<Vec<(String, String)>, 
     Ok(sources)
 }
 
-/// Jinja as `transformers` sets it up, with these templates in it.
-fn environment(file: &str, sources: Vec<(String, String)>) -> Result<Environment<'static>, ChatTemplateError> {
-    let mut environment = Environment::new();
-    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-    environment.set_syntax(syntax.map_err(|error| syntax_error(file, &error))?);
-    environment.set_auto_escape_callback(|_| AutoEscape::None);
-    environment.set_recursion_limit(MAX_RECURSION);
-    environment.set_unknown_method_callback(call_method);
-    environment.set_formatter(print);
-    environment.add_filter("string", to_text);
-    environment.add_filter("join", join);
-    environment.remove_filter("pprint");
-    environment.add_filter("tojson", tojson::tojson);
-    environment.add_function("namespace", namespace::namespace);
-    environment.add_function(namespace::ASSIGN, namespace::assign);
-    environment.add_function("raise_exception", raise_exception);
-    environment.add_function("strftime_now", strftime::strftime_now);
-    for (name, source) in sources {
-        if source.len() > MAX_TEMPLATE_BYTES {
-            let problem = format!("{} bytes; allowed: at most {MAX_TEMPLATE_BYTES}", source.len());
-            return Err(ChatTemplateError::Field { file: file.to_owned(), problem });
-        }
-        // Jinja2 reads every kind of line end as one character.
-        let source = rewrite_tags(&source.replace("\r\n", "\n").replace('\r', "\n"));
-        environment.add_template_owned(name, source).map_err(|error| syntax_error(file, &error))?;
-    }
-    Ok(environment)
-}
-
-fn syntax_error(file: &str, error: &minijinja::Error) -> ChatTemplateError {
-    ChatTemplateError::Syntax { file: file.to_owned(), line: error.line().unwrap_or(0), problem: describe(error) }
-}
-
-/// What `raise_exception` was called with.
-#[derive(Debug, Error)]
-#[error("{0}")]
-struct Raised(String);
-
-fn raise_exception(message: &JinjaValue) -> Result<String, minijinja::Error> {
-    let error = minijinja::Error::new(ErrorKind::InvalidOperation, "raise_exception");
-    Err(error.with_source(Raised(message.to_string())))
-}
-
-/// Python's methods of strings and dictionaries.
-fn call_method(
-    state: &mut State,
-    value: &JinjaValue,
-    method: &str,
-    args: &[JinjaValue],
-) -> Result<JinjaValue, minijinja::Error> {
-    // These two make their result before they pay for it.
-    match (method, value.as_str(), args.first()) {
-        ("join", Some(_), Some(items)) => charge_for_text(state, items, 0)?,
-        ("format", Some(format), _) => {
-            for width in format.split(|c: char| !c.is_ascii_digit()).filter(|width| !width.is_empty()) {
-                state.consume_fuel(width.parse().unwrap_or(u64::MAX) / BYTES_PER_FUEL as u64)?;
-            }
-        }
-        _ => {}
-    }
-    minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
-}
-
-/// Print a value.
-fn print(out: &mut Output, state: &mut State, value: &JinjaValue) -> Result<(), minijinja::Error> {
-    charge_for_text(state, value, 0)?;
-    minijinja::escape_formatter(out, state, value)
-}
-
-/// `value | string`.
-fn to_text(state: &State, value: &JinjaValue) -> Result<String, minijinja::Error> {
-    charge_for_text(state, value, 0)?;
-    Ok(value.to_string())
-}
-
-/// `value | join(joiner, attribute)`.
-fn join(
-    state: &mut State,
-    value: &JinjaValue,
-    joiner: Option<StringInput<'_>>,
-    attribute: Option<&str>,
-    kwargs: Kwargs,
-) -> Result<JinjaValue, minijinja::Error> {
-    charge_for_text(state, value, 0)?;
-    minijinja::filters::join(state, value, joiner, attribute, kwargs)
-}
-
-/// Pay for the text of a list or mapping before it is made: one that holds another many times is small in memory and
-/// huge as text, and the engine itself asks for fuel only afterwards.
-fn charge_for_text(state: &State, value: &JinjaValue, depth: usize) -> Result<(), minijinja::Error> {
-    if depth > MAX_DEPTH {
-        let problem = format!("a value is nested deeper than {MAX_DEPTH}");
-        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, problem));
-    }
-    match value.kind() {
-        ValueKind::Seq | ValueKind::Iterable => {
-            for item in value.try_iter()?.checked() {
-                charge_for_text(state, &item?, depth + 1)?;
-            }
-        }
-        ValueKind::Map => {
-            for key in value.try_iter()?.checked() {
-                charge_for_text(state, &value.get_item(&key?)?, depth + 1)?;
-            }
-        }
-        // The engine charges for a string that is printed by itself.
-        _ if depth == 0 => return Ok(()),
-        _ => {}
-    }
-    state.consume_fuel(1 + (value.as_str().map_or(0, str::len) / BYTES_PER_FUEL) as u64)
-}
-
-/// Write what the engine does not know in terms that it does: `{% generation %}`, which marks the assistant's text for
-/// training and prints its content, as `{% with %}`, which like it has a scope of its own; and assignments to namespaces.
-fn rewrite_tags(source: &str) -> String {
-    let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(at) = rest.find("{%") {
-        let (before, tag) = rest.split_at(at + 2);
-        out.push_str(before);
-        let (control, code) = tag.split_at(tag.len() - tag.trim_start_matches(['-', '+']).len());
-        out.push_str(control);
-        rest = code;
-        if let Some((assignment, old_len)) = namespace::rewrite_assignment(code) {
-            out.push_str(&assignment);
-            rest = &code[old_len..];
-        }
-        for (generation, with) in [("generation", " with"), ("endgeneration", " endwith")] {
-            let Some(after) = code.trim_start().strip_prefix(generation) else { continue };
-            if after.trim_start().trim_start_matches(['-', '+']).starts_with("%}") {
-                out.push_str(with);
-                rest = after;
-            }
-        }
-    }
-    out.push_str(rest);
-    out
-}
-
-/// Run a stranger's template: on a stack that the deepest expression of the longest template fits on, and not for ever.
-/// What does not end in time is left to end by itself, as it will: fuel and the template's length bound it too.
-fn run_bounded<T: Send + 'static>(
-    file: &str,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, ChatTemplateError> {
-    let (sender, receiver) = mpsc::channel();
-    let thread = std::thread::Builder::new().name("chat template".into()).stack_size(STACK_BYTES);
-    let work = move || {
-        // Nobody receives what comes too late.
-        let _ = sender.send(work());
-    };
-    let file = file.to_owned();
-    if let Err(source) = thread.spawn(work) {
-        return Err(ChatTemplateError::Thread { file, source });
-    }
-    receiver.recv_timeout(MAX_TIME).map_err(|error| match error {
-        RecvTimeoutError::Timeout => ChatTemplateError::TooSlow { file, seconds: MAX_TIME.as_secs() },
-        RecvTimeoutError::Disconnected => ChatTemplateError::Panicked { file },
-    })
-}
-
 /// `bos_token` and the like as templates know them.
 fn special_tokens(files: &TokenizerFiles) -> Map<String, Value> {
     let mut tokens: Map<String, Value> =
@@ -473,24 +292,6 @@ fn special_tokens(files: &TokenizerFiles) -> Map<String, Value> {
         tokens.insert("additional_special_tokens".into(), files.additional.clone().into());
     }
     tokens
-}
-
-/// The same value for the template engine; keys stay in order.
-fn jinja_value(value: &Value) -> JinjaValue {
-    match value {
-        Value::Null => JinjaValue::from(()),
-        Value::Bool(flag) => JinjaValue::from(*flag),
-        Value::Number(number) => match (number.as_i64(), number.as_u64(), number.as_f64()) {
-            (Some(number), _, _) => JinjaValue::from(number),
-            (None, Some(number), _) => JinjaValue::from(number),
-            (None, None, number) => JinjaValue::from(number),
-        },
-        Value::String(text) => JinjaValue::from(text.as_str()),
-        Value::Array(items) => items.iter().map(jinja_value).collect(),
-        Value::Object(entries) => {
-            JinjaValue::from_pairs(entries.iter().map(|(key, value)| (key.as_str(), jinja_value(value))))
-        }
-    }
 }
 
 fn check_messages(messages: &[Value]) -> Result<(), ChatTemplateError> {
@@ -517,14 +318,6 @@ fn append_no_think(messages: &mut [Value]) {
         && !text.ends_with(NO_THINK)
     {
         text.push_str(NO_THINK);
-    }
-}
-
-/// An error of the template engine without its place, which is told apart.
-fn describe(error: &minijinja::Error) -> String {
-    match error.detail() {
-        Some(detail) => format!("{}: {detail}", error.kind()),
-        None => error.kind().to_string(),
     }
 }
 

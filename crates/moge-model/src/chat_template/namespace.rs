@@ -10,10 +10,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use minijinja::value::{Enumerator, Kwargs, Object, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 
-use super::MAX_DEPTH;
+use super::engine::MAX_DEPTH;
 
-/// Items that are copied for one unit of fuel.
-const ITEMS_PER_FUEL: u64 = 16;
+/// Items that are copied for one unit of fuel, which pays for 64 bytes.
+const ITEMS_PER_FUEL: u64 = 2;
 
 /// The name of the function that assignments are rewritten to.
 pub(super) const ASSIGN: &str = "__assign";
@@ -41,6 +41,7 @@ impl Object for Namespace {
 }
 
 /// `namespace(name=value, ..)` or `namespace(mapping)`.
+#[expect(clippy::needless_pass_by_value, reason = "the engine hands over arguments by value")]
 pub(super) fn namespace(state: &State, defaults: Option<Value>, kwargs: Kwargs) -> Result<Value, Error> {
     let namespace = Namespace::default();
     if let Some(defaults) = defaults {
@@ -102,39 +103,4 @@ fn copy_data(state: &State, value: &Value, depth: usize, num_items: &mut u64) ->
         }
         _ => Ok(value.clone()),
     }
-}
-
-/// Write `set ns.name = value`, what stands inside a tag, as an assignment that the engine can make; `None` if it is
-/// something else. `tag` begins after `{%` and its white space control; returned beside the new text is how long the
-/// old one is.
-pub(super) fn rewrite_assignment(tag: &str) -> Option<(String, usize)> {
-    let target = tag.trim_start().strip_prefix("set")?.strip_prefix(char::is_whitespace)?;
-    let (target, value) = target.split_once('=')?;
-    let (object, name) = target.trim().rsplit_once('.')?;
-    let is_name = |name: &str| !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
-    if !is_name(name) || !object.split('.').all(is_name) {
-        return None;
-    }
-    let value = &value[..tag_end(value)?];
-    let old_len = value.as_ptr() as usize + value.len() - tag.as_ptr() as usize;
-    Some((format!(" set __ = {ASSIGN}({object}, '{name}', ({value})) "), old_len))
-}
-
-/// Where the code before `%}`, `-%}` or `+%}` ends.
-fn tag_end(code: &str) -> Option<usize> {
-    let mut quote = None;
-    let mut bytes = code.bytes().enumerate();
-    while let Some((at, byte)) = bytes.next() {
-        match (quote, byte) {
-            (Some(_), b'\\') => {
-                bytes.next();
-            }
-            (Some(open), _) if open == byte => quote = None,
-            (Some(_), _) => {}
-            (None, b'\'' | b'"') => quote = Some(byte),
-            (None, b'%') if code[at..].starts_with("%}") => return Some(code[..at].trim_end_matches(['-', '+']).len()),
-            (None, _) => {}
-        }
-    }
-    None
 }

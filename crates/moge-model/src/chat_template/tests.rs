@@ -3,6 +3,8 @@ use std::time::Instant;
 
 use serde_json::json;
 
+use super::engine::MAX_TIME;
+use super::rewrite::rewrite_tags;
 use super::*;
 use crate::Prefix;
 
