@@ -130,3 +130,65 @@ impl Charsmap {
         tail.get(..end)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Charsmap;
+
+    /// Rules with one key of one byte, whose unit leads to `base`; the value there is `value`.
+    fn one_rule(key: u8, base: u32, value: u32) -> Vec<u8> {
+        const FREE: u32 = 1 << 31; // Looks like a value, so no byte leads to it.
+        const ROOT_BASE: u32 = 1;
+        let mut units = [FREE; 256];
+        units[0] = ROOT_BASE << 10;
+        let unit = ROOT_BASE ^ u32::from(key);
+        units[2] = 1 << 31 | value;
+        units[unit as usize] = (unit ^ base) << 10 | 1 << 8 | u32::from(key);
+        let mut bytes = (4 * units.len() as u32).to_le_bytes().to_vec();
+        bytes.extend(units.iter().flat_map(|unit| unit.to_le_bytes()));
+        bytes.extend(b"one\0two\0");
+        bytes
+    }
+
+    #[test]
+    fn a_rule_replaces_its_key() {
+        let map = Charsmap::new(&one_rule(b'a', 2, 4)).unwrap();
+        assert_eq!(map.longest_prefix("ab"), Some((1, "two")));
+        assert_eq!(map.longest_prefix("ba"), None);
+        assert_eq!(map.longest_prefix(""), None);
+    }
+
+    #[test]
+    fn a_rule_for_half_a_character_never_applies() {
+        let map = Charsmap::new(&one_rule(0xe4, 2, 4)).unwrap();
+        assert_eq!(map.longest_prefix("\u{4f60}"), None);
+    }
+
+    #[test]
+    fn broken_rules_are_refused_by_name() {
+        let valid = one_rule(b'a', 2, 4);
+        let huge = [&u32::MAX.to_le_bytes()[..], &valid[4..]].concat();
+        let odd = [&1023_u32.to_le_bytes()[..], &valid[4..]].concat();
+        let endless = [&valid[..], &[b'x'; 2000], &[0]].concat();
+        let trie = "a trie whose values are replacements";
+        let cases = [
+            (vec![1, 2, 3], "3 bytes", "at least the four of a length"),
+            (huge, "a trie of 4294967295 bytes", "at most the 1032 bytes left"),
+            (odd, "a trie of 1023 bytes", "a multiple of four"),
+            (vec![0; 4], "an empty trie", trie),
+            (one_rule(b'a', 1, 4), "a cycle through unit 96", trie),
+            (one_rule(b'a', 2, 8), "value 8 with 8 bytes of replacements", trie),
+            (one_rule(b'a', 300, 4), "value 18446744073709551615 with 8 bytes of replacements", trie),
+            (
+                [valid.as_slice(), &[0xff]].concat(),
+                "replacements: invalid utf-8 sequence of 1 bytes from index 8",
+                "UTF-8",
+            ),
+        ];
+        for (bytes, value, allowed) in cases {
+            let problem = Charsmap::new(&bytes).unwrap_err();
+            assert_eq!((problem.value.as_str(), problem.allowed.as_str()), (value, allowed));
+        }
+        assert!(Charsmap::new(&endless).is_ok(), "only the replacements that rules use count");
+    }
+}

@@ -1,6 +1,6 @@
 //! SentencePiece byte-pair models (`tokenizer.model`), equal to the C++ library in what they encode and decode.
 //!
-//! Text to ids: [`normalizer`] prepares the text, [`bpe`] cuts it into pieces. Ids to text: each piece's bytes one after
+//! Text to ids: `normalizer` prepares the text, `bpe` cuts it into pieces. Ids to text: each piece's bytes one after
 //! another, without the space that the normaliser put before the text.
 
 mod bpe;
@@ -8,6 +8,8 @@ mod charsmap;
 mod normalizer;
 mod prefix_set;
 mod proto;
+#[cfg(test)]
+mod tests;
 mod vocabulary;
 
 use thiserror::Error;
@@ -77,7 +79,8 @@ impl Problem {
 
 /// Whether the next token begins the text, where a leading U+2581 is the dummy space and not part of the text.
 ///
-/// Start with [`SentencePiece::text_start`], and hand the same value to every [`SentencePiece::push_token`].
+/// Start with [`SentencePiece::text_start`], and hand the same value to every [`SentencePiece::push_token`]. For the bytes
+/// of one token as they would be inside a text, start with `Passed`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TextStart {
     /// Nothing of the text has come yet.
@@ -103,15 +106,15 @@ impl SentencePiece {
     /// If the bytes are no such model, contradict themselves, or ask for what we do not do: a model type other than
     /// BPE, or a denormaliser with rules.
     pub fn from_bytes(bytes: &[u8], file: &str) -> Result<SentencePiece, SentencePieceError> {
-        let model = ModelProto::from_bytes(bytes, file)?;
-        let vocabulary = Vocabulary::new(&model).map_err(|problem| problem.in_file(file))?;
-        let normalizer = Normalizer::new(&model.normalizer_spec, &model.trainer_spec);
+        let ModelProto { pieces, trainer_spec, normalizer_spec } = ModelProto::from_bytes(bytes, file)?;
+        let vocabulary = Vocabulary::new(pieces, trainer_spec.byte_fallback);
+        let normalizer = Normalizer::new(&normalizer_spec, &trainer_spec);
         Ok(SentencePiece {
-            vocabulary,
+            vocabulary: vocabulary.map_err(|problem| problem.in_file(file))?,
             normalizer: normalizer.map_err(|problem| problem.in_file(file))?,
-            trainer_spec: model.trainer_spec,
-            add_dummy_prefix: model.normalizer_spec.add_dummy_prefix,
-            remove_extra_whitespaces: model.normalizer_spec.remove_extra_whitespaces,
+            trainer_spec,
+            add_dummy_prefix: normalizer_spec.add_dummy_prefix,
+            remove_extra_whitespaces: normalizer_spec.remove_extra_whitespaces,
         })
     }
 

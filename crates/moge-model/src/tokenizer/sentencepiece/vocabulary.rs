@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::prefix_set::PrefixSet;
-use super::proto::{ModelProto, Piece};
+use super::proto::Piece;
 use super::{PieceKind, Problem};
 use crate::TokenId;
 
@@ -24,9 +24,8 @@ pub(super) struct Vocabulary {
 }
 
 impl Vocabulary {
-    pub(super) fn new(model: &ModelProto) -> Result<Vocabulary, Problem> {
-        let byte_fallback = model.trainer_spec.byte_fallback;
-        let mut pieces = model.pieces.clone();
+    /// `pieces` in the order of their ids, and whether characters without a piece are spelled with byte pieces.
+    pub(super) fn new(mut pieces: Vec<Piece>, byte_fallback: bool) -> Result<Vocabulary, Problem> {
         let mut ids = HashMap::with_capacity(pieces.len());
         let mut user_defined = Vec::new();
         let mut unk_id = None;
