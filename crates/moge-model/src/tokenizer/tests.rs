@@ -245,7 +245,7 @@ fn damaged_and_unsupported_files_are_refused_by_name() {
     let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true});
     let eos_after = json!([{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<sop>", "type_id": 0}}]);
     for (json, message) in [
-        ("{".to_owned(), "tokenizer.json: not a tokenizer: "),
+        ("{".to_owned(), "tokenizer.json: not JSON: "),
         (changed("/model/vocab", json!({"a": 4_000_000_000u32})), "tokenizer.json: "),
         (changed("/decoder", Value::Null), "decoder: decoder \"none\" is not supported; allowed: \"ByteLevel\""),
         (changed("/decoder", metaspace), "decoder: decoder \"Metaspace\" is not supported"),
