@@ -5,9 +5,9 @@
 Templates: two of our own in goldens/chat, with the constructs of Qwen3's and GLM-4's, and the one that is built in for
 Pangu. `cases.json` holds
 - `messages`, `tools`: pools that cases draw from;
-- `renders`: [template, indices of messages, results] for every combination of roles of up to four messages, twice with
-  different messages. There is a result for each of: tools or none, add_generation_prompt or not, enable_thinking not
-  given, true or false; the last varies fastest. It is the text's FNV-1a hash (32 bits), without messages the text
+- for each template its name: [[indices of messages, results], ..] for every combination of roles of up to four messages.
+  There is a result for each of: tools or none, add_generation_prompt or not, enable_thinking not given, true or false;
+  the last varies fastest. It is the text's FNV-1a hash (32 bits), without messages the text
   itself, and null if the template fails;
 - `context`, `expressions`: [template, text or null], rendered with that context.
 """
@@ -197,19 +197,17 @@ def render(template, context):
         return None
 
 
-def renders(env, pool, flat):
-    rng = random.Random(3)
+def renders(template, name, pool, flat):
+    rng = random.Random(name)
     offsets = {role: min(i for i, message in enumerate(flat) if message["role"] == role) for role in ROLES}
-    for name, path in TEMPLATES.items():
-        template = env.from_string(path.read_text())
-        for count in range(5):
-            for roles in list(itertools.product(ROLES, repeat=count)) * (1 if count == 0 else 2):
-                indices = [offsets[role] + rng.randrange(len(pool[role])) for role in roles]
-                results = []
-                for setting in itertools.product([False, True], [False, True], THINKING):
-                    text = render(template, context(name, [flat[index] for index in indices], *setting))
-                    results.append(text if text is None or count == 0 else fnv1a(text))
-                yield [name, indices, results]
+    for count in range(5):
+        for roles in itertools.product(ROLES, repeat=count):
+            indices = [offsets[role] + rng.randrange(len(pool[role])) for role in roles]
+            results = []
+            for setting in itertools.product([False, True], [False, True], THINKING):
+                text = render(template, context(name, [flat[index] for index in indices], *setting))
+                results.append(text if text is None or count == 0 else fnv1a(text))
+            yield [indices, results]
 
 
 def context(name, messages, tools, add_generation_prompt, thinking):
@@ -240,12 +238,14 @@ def main():
         "tools": TOOLS,
         "context": X,
         "expressions": expressions,
-        "renders": list(renders(env, pool, flat)),
     }
     dump = lambda value: json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     lines = []
     for key, value in cases.items():
         lines.append(f'"{key}":' + (dump(value) if isinstance(value, dict) else "[\n" + ",\n".join(map(dump, value)) + "\n]"))
+    for name, path in TEMPLATES.items():
+        cases = renders(env.from_string(path.read_text()), name, pool, flat)
+        lines.append(f'"{name}":[\n' + ",\n".join(map(dump, cases)) + "\n]")
     (OUT / "cases.json").write_text("{" + ",\n".join(lines) + "}\n")
 
 

@@ -3,19 +3,21 @@
 //! Templates are written for Jinja2 as `transformers` sets it up, and come from strangers: what one may do is bounded
 //! by fuel, which pays for every step and every byte it makes.
 
+mod engine;
+mod namespace;
+mod rewrite;
 mod strftime;
 mod tojson;
 
 use std::path::Path;
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Value as JinjaValue;
-use minijinja::{AutoEscape, Environment, ErrorKind, State};
+use minijinja::{Environment, ErrorKind};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
 use crate::tokenizer::files::{TokenizerFiles, read_optional};
 use crate::{Architecture, TokenId, Tokenizer, TokenizerError};
+use engine::{Raised, describe, jinja_value, run_bounded};
 
 /// Pangu's chat format; its first checkpoints state it in prose only.
 const PANGU_TEMPLATE: &str = include_str!("chat_template/pangu.jinja");
@@ -23,17 +25,11 @@ const PANGU_TEMPLATE: &str = include_str!("chat_template/pangu.jinja");
 /// What a user's text ends with to ask Pangu for an answer without thinking.
 const NO_THINK: &str = " /no_think";
 
-/// The longest template taken, in bytes; known ones have less than 20 000.
-const MAX_TEMPLATE_BYTES: usize = 1 << 20;
-
 /// Work that a render may do whatever its input: about a million steps, or 64 MB of text.
 const FUEL: u64 = 1_000_000;
 
 /// Work that each byte of input adds: a short message of 40 bytes allows 320 steps.
 const FUEL_PER_INPUT_BYTE: u64 = 8;
-
-/// How deep macros and includes may call one another; each level takes some KB of stack.
-const MAX_RECURSION: usize = 100;
 
 /// The name of the template that is used unless another is asked for.
 const DEFAULT: &str = "default";
@@ -127,6 +123,28 @@ pub enum ChatTemplateError {
         /// Steps that were allowed; 64 bytes of text count as one.
         fuel: u64,
     },
+    /// The template takes too long.
+    #[error("{file}: the chat template takes longer than {seconds} s")]
+    TooSlow {
+        /// The file's path.
+        file: String,
+        /// Seconds that were allowed.
+        seconds: u64,
+    },
+    /// There is no thread to run the template on.
+    #[error("{file}: the chat template cannot run: {source}")]
+    Thread {
+        /// The file's path.
+        file: String,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// The template engine has a defect that this template meets.
+    #[error("{file}: the template engine panicked")]
+    Panicked {
+        /// The file's path.
+        file: String,
+    },
     /// The template fails with these messages.
     #[error("{file}: line {line}: {problem}")]
     Render {
@@ -170,7 +188,10 @@ impl ChatTemplate {
         } else {
             return Err(ChatTemplateError::Missing { dir: dir.display().to_string(), architecture });
         };
-        let environment = environment(&file, sources)?;
+        let environment = run_bounded(&file, {
+            let file = file.clone();
+            move || engine::environment(&file, sources)
+        })??;
         Ok(Self { file, architecture, environment, special_tokens: special_tokens(&files) })
     }
 
@@ -195,8 +216,8 @@ impl ChatTemplate {
         environment.set_fuel(Some(fuel));
         let wants_tool_use = !request.tools.is_empty() && environment.get_template(TOOL_USE).is_ok();
         let name = if wants_tool_use { TOOL_USE } else { DEFAULT };
-        let rendered = environment.get_template(name).and_then(|t| t.render(jinja_value(&context)));
-        rendered.map_err(|error| self.render_error(&error, fuel))
+        let render = move || environment.get_template(name)?.render(jinja_value(&context));
+        run_bounded(&self.file, render)?.map_err(|error| self.render_error(&error, fuel))
     }
 
     fn context(&self, request: &ChatRequest<'_>, messages: Vec<Value>) -> Value {
@@ -263,85 +284,6 @@ fn named_sources(file: &str, template: &Value) -> Result<Vec<(String, String)>, 
     Ok(sources)
 }
 
-/// Jinja as `transformers` sets it up, with these templates in it.
-fn environment(file: &str, sources: Vec<(String, String)>) -> Result<Environment<'static>, ChatTemplateError> {
-    let mut environment = Environment::new();
-    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-    environment.set_syntax(syntax.map_err(|error| syntax_error(file, &error))?);
-    environment.set_auto_escape_callback(|_| AutoEscape::None);
-    environment.set_recursion_limit(MAX_RECURSION);
-    environment.set_unknown_method_callback(call_method);
-    environment.add_filter("tojson", tojson::tojson);
-    environment.add_function("raise_exception", raise_exception);
-    environment.add_function("strftime_now", strftime::strftime_now);
-    for (name, source) in sources {
-        if source.len() > MAX_TEMPLATE_BYTES {
-            let problem = format!("{} bytes; allowed: at most {MAX_TEMPLATE_BYTES}", source.len());
-            return Err(ChatTemplateError::Field { file: file.to_owned(), problem });
-        }
-        // Jinja2 reads every kind of line end as one character.
-        let source = rewrite_generation_tags(&source.replace("\r\n", "\n").replace('\r', "\n"));
-        environment.add_template_owned(name, source).map_err(|error| syntax_error(file, &error))?;
-    }
-    Ok(environment)
-}
-
-fn syntax_error(file: &str, error: &minijinja::Error) -> ChatTemplateError {
-    ChatTemplateError::Syntax { file: file.to_owned(), line: error.line().unwrap_or(0), problem: describe(error) }
-}
-
-/// What `raise_exception` was called with.
-#[derive(Debug, Error)]
-#[error("{0}")]
-struct Raised(String);
-
-fn raise_exception(message: &JinjaValue) -> Result<String, minijinja::Error> {
-    let error = minijinja::Error::new(ErrorKind::InvalidOperation, "raise_exception");
-    Err(error.with_source(Raised(message.to_string())))
-}
-
-/// Python's methods of strings and dictionaries.
-fn call_method(
-    state: &mut State,
-    value: &JinjaValue,
-    method: &str,
-    args: &[JinjaValue],
-) -> Result<JinjaValue, minijinja::Error> {
-    if method == "join"
-        && let Some(items) = args.first()
-    {
-        // One long string in a list many times is small until it is joined: pay before.
-        for item in items.try_iter()? {
-            state.consume_fuel(1 + item.len().unwrap_or(0) as u64 / 16)?;
-        }
-    }
-    minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
-}
-
-/// `{% generation %}` marks the assistant's text for training and prints its content; `{% with %}` does that too, and
-/// like it has a scope of its own.
-fn rewrite_generation_tags(source: &str) -> String {
-    let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(at) = rest.find("{%") {
-        let (before, tag) = rest.split_at(at + 2);
-        out.push_str(before);
-        rest = tag;
-        let name_at = tag.len() - tag.trim_start_matches(['-', '+']).trim_start().len();
-        let name = &tag[name_at..];
-        for (generation, with) in [("generation", "with"), ("endgeneration", "endwith")] {
-            let Some(after) = name.strip_prefix(generation) else { continue };
-            if after.trim_start().trim_start_matches(['-', '+']).starts_with("%}") {
-                out.push_str(&tag[..name_at]);
-                out.push_str(with);
-                rest = after;
-            }
-        }
-    }
-    out.push_str(rest);
-    out
-}
-
 /// `bos_token` and the like as templates know them.
 fn special_tokens(files: &TokenizerFiles) -> Map<String, Value> {
     let mut tokens: Map<String, Value> =
@@ -350,24 +292,6 @@ fn special_tokens(files: &TokenizerFiles) -> Map<String, Value> {
         tokens.insert("additional_special_tokens".into(), files.additional.clone().into());
     }
     tokens
-}
-
-/// The same value for the template engine; keys stay in order.
-fn jinja_value(value: &Value) -> JinjaValue {
-    match value {
-        Value::Null => JinjaValue::from(()),
-        Value::Bool(flag) => JinjaValue::from(*flag),
-        Value::Number(number) => match (number.as_i64(), number.as_u64(), number.as_f64()) {
-            (Some(number), _, _) => JinjaValue::from(number),
-            (None, Some(number), _) => JinjaValue::from(number),
-            (None, None, number) => JinjaValue::from(number),
-        },
-        Value::String(text) => JinjaValue::from(text.as_str()),
-        Value::Array(items) => items.iter().map(jinja_value).collect(),
-        Value::Object(entries) => {
-            JinjaValue::from_pairs(entries.iter().map(|(key, value)| (key.as_str(), jinja_value(value))))
-        }
-    }
 }
 
 fn check_messages(messages: &[Value]) -> Result<(), ChatTemplateError> {
@@ -394,14 +318,6 @@ fn append_no_think(messages: &mut [Value]) {
         && !text.ends_with(NO_THINK)
     {
         text.push_str(NO_THINK);
-    }
-}
-
-/// An error of the template engine without its place, which is told apart.
-fn describe(error: &minijinja::Error) -> String {
-    match error.detail() {
-        Some(detail) => format!("{}: {detail}", error.kind()),
-        None => error.kind().to_string(),
     }
 }
 

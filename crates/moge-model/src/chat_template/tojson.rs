@@ -6,14 +6,10 @@ use std::fmt::Write;
 use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 
-/// Deeper values are refused: each level is a call on the stack.
-const MAX_DEPTH: usize = 200;
+use super::engine::{BYTES_PER_FUEL, MAX_DEPTH};
 
 /// An indent wider than this has no use but to make the output huge.
 const MAX_INDENT: usize = 64;
-
-/// Bytes of text that cost one unit of fuel, the rate of the template engine itself.
-const BYTES_PER_FUEL: usize = 64;
 
 /// `value | tojson(ensure_ascii=false, indent=none, separators=none, sort_keys=false)`.
 #[expect(clippy::needless_pass_by_value, reason = "the engine hands over arguments by value")]

@@ -1,7 +1,9 @@
 //! `tokenizer.json` with byte-level BPE, as Qwen3 and GLM-4 ship it.
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use serde::de::IgnoredAny;
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::{Model, Tokenizer as HfTokenizer};
 
@@ -26,10 +28,10 @@ pub(super) struct ByteLevelBpe {
 
 impl ByteLevelBpe {
     pub(super) fn from_bytes(json: &[u8], file: &str) -> Result<Self, TokenizerError> {
-        let mut inner = HfTokenizer::from_bytes(json).map_err(|error| TokenizerError::Invalid {
-            file: file.to_owned(),
-            problem: format!("not a tokenizer: {error}"),
-        })?;
+        let invalid = |problem: String| TokenizerError::Invalid { file: file.to_owned(), problem };
+        serde_json::from_slice::<IgnoredAny>(json).map_err(|error| invalid(format!("not JSON: {error}")))?;
+        let mut inner = without_panic(|| HfTokenizer::from_bytes(json))
+            .map_err(|problem| invalid(format!("not a tokenizer: {problem}")))?;
         // How long a prompt may be is decided elsewhere; cutting or padding it here would be silent.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| field_error(file, "truncation", error.to_string()))?;
@@ -48,9 +50,9 @@ impl ByteLevelBpe {
     }
 
     pub(super) fn encode(&self, text: &str) -> Result<Vec<TokenId>, TokenizerError> {
-        match self.inner.encode_fast(text, false) {
+        match without_panic(|| self.inner.encode_fast(text, false)) {
             Ok(encoding) => Ok(encoding.get_ids().iter().copied().map(TokenId).collect()),
-            Err(error) => Err(TokenizerError::Encode { file: self.file.clone(), problem: error.to_string() }),
+            Err(problem) => Err(TokenizerError::Encode { file: self.file.clone(), problem }),
         }
     }
 
@@ -77,6 +79,16 @@ impl ByteLevelBpe {
 
     pub(super) fn id_of(&self, piece: &str) -> Option<TokenId> {
         self.inner.token_to_id(piece).map(TokenId)
+    }
+}
+
+/// Call the library, which meets some files that contradict themselves with a panic.
+fn without_panic<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    // Nothing of what the call borrows is looked at after a panic: a tokenizer that fails to load is dropped, and
+    // encoding changes nothing but a cache behind a lock.
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(_) => Err("the tokenizers library panicked".into()),
     }
 }
 
@@ -121,9 +133,8 @@ fn byte_of_char() -> HashMap<char, u8> {
 
 /// What the post-processor puts before a text. It may be of several kinds, so a text is tried.
 fn prefix_tokens(inner: &HfTokenizer, file: &str) -> Result<Vec<TokenId>, TokenizerError> {
-    let encoding = inner
-        .encode("a", true)
-        .map_err(|error| TokenizerError::Encode { file: file.to_owned(), problem: error.to_string() })?;
+    let encoding = without_panic(|| inner.encode("a", true))
+        .map_err(|problem| TokenizerError::Encode { file: file.to_owned(), problem })?;
     let added = encoding.get_special_tokens_mask();
     let num_prefix = added.iter().take_while(|&&mask| mask == 1).count();
     if added[num_prefix..].contains(&1) {

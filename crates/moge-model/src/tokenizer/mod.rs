@@ -111,7 +111,7 @@ pub struct Tokenizer {
 
 enum Vocabulary {
     ByteLevel(Box<ByteLevelBpe>),
-    SentencePiece { model: SentencePiece, special: SpecialTokens },
+    SentencePiece { model: Box<SentencePiece>, special: Box<SpecialTokens> },
 }
 
 impl Tokenizer {
@@ -159,7 +159,7 @@ impl Tokenizer {
                 return Err(field_error(&files.file, "add_bos_token", problem));
             }
         };
-        let vocabulary = Vocabulary::SentencePiece { model, special };
+        let vocabulary = Vocabulary::SentencePiece { model: Box::new(model), special: Box::new(special) };
         Ok(Self { file: file.to_owned(), vocabulary, prefix, bos_id, eos_id })
     }
 

@@ -245,7 +245,7 @@ fn damaged_and_unsupported_files_are_refused_by_name() {
     let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true});
     let eos_after = json!([{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<sop>", "type_id": 0}}]);
     for (json, message) in [
-        ("{".to_owned(), "tokenizer.json: not a tokenizer: "),
+        ("{".to_owned(), "tokenizer.json: not JSON: "),
         (changed("/model/vocab", json!({"a": 4_000_000_000u32})), "tokenizer.json: "),
         (changed("/decoder", Value::Null), "decoder: decoder \"none\" is not supported; allowed: \"ByteLevel\""),
         (changed("/decoder", metaspace), "decoder: decoder \"Metaspace\" is not supported"),
@@ -280,6 +280,51 @@ fn sentencepiece_settings_that_are_not_supported_are_refused_by_name() {
     ] {
         let error = Tokenizer::load(sentencepiece_dir(&config).path()).map(drop).unwrap_err().to_string();
         assert!(error.contains(message), "{error}");
+    }
+}
+
+#[test]
+fn mutated_tokenizer_files_are_refused_or_work() {
+    // A linear congruential generator (Knuth's MMIX): the same mutations every time.
+    let mut state = 11u64;
+    let mut random = |below: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    };
+    let fragments = ["0", "9", "-", "\"", "null", "[]", "{}", ",", "}", "4294967295", "\u{fffd}"];
+    let mut mutate = |bytes: &[u8]| {
+        let mut bytes = bytes.to_vec();
+        for _ in 0..=random(3) {
+            let at = random(bytes.len());
+            match random(4) {
+                0 => bytes[at] = random(256) as u8,
+                1 => drop(bytes.splice(at..at, fragments[random(fragments.len())].bytes())),
+                2 => drop(bytes.drain(at..(at + random(9)).min(bytes.len()))),
+                _ => drop(bytes.splice(at..(at + 1), fragments[random(fragments.len())].bytes())),
+            }
+        }
+        bytes
+    };
+    let good = std::fs::read(golden_dir("glm4").join("tokenizer.json")).unwrap();
+    // Most of the file is vocabulary and merges; what stands around them is mutated as often.
+    let compact: Value = serde_json::from_slice(&good).unwrap();
+    let mut small = compact.clone();
+    small["model"]["merges"] = json!([]);
+    small["model"]["vocab"] = json!({"a": 0, "b": 1});
+    let small = small.to_string().into_bytes();
+    let config = pangu_config().to_string().into_bytes();
+    for _ in 0..300 {
+        for bytes in [mutate(&good), mutate(&small)] {
+            if let Ok(bpe) = ByteLevelBpe::from_bytes(&bytes, "tokenizer.json") {
+                let ids = bpe.encode("a [gMASK] 文").unwrap_or_default();
+                assert!(ids.len() < 99);
+            }
+        }
+        let dir = sentencepiece_dir(&json!({}));
+        std::fs::write(dir.path().join("tokenizer_config.json"), mutate(&config)).unwrap();
+        if let Ok(tokenizer) = Tokenizer::load(dir.path()) {
+            tokenizer.encode("a [unused9] <s>", Prefix::Add).unwrap();
+        }
     }
 }
 

@@ -1,0 +1,64 @@
+//! Tags that the template engine does not know, written in terms that it does.
+
+use super::namespace::ASSIGN;
+
+/// Write what the engine does not know in terms that it does: `{% generation %}`, which marks the assistant's text for
+/// training and prints its content, as `{% with %}`, which like it has a scope of its own; and assignments to namespaces.
+pub(super) fn rewrite_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(at) = rest.find("{%") {
+        let (before, tag) = rest.split_at(at + 2);
+        out.push_str(before);
+        let (control, code) = tag.split_at(tag.len() - tag.trim_start_matches(['-', '+']).len());
+        out.push_str(control);
+        rest = code;
+        if let Some((assignment, old_len)) = rewrite_assignment(code) {
+            out.push_str(&assignment);
+            rest = &code[old_len..];
+        }
+        for (generation, with) in [("generation", " with"), ("endgeneration", " endwith")] {
+            let Some(after) = code.trim_start().strip_prefix(generation) else { continue };
+            if after.trim_start().trim_start_matches(['-', '+']).starts_with("%}") {
+                out.push_str(with);
+                rest = after;
+            }
+        }
+    }
+    out.push_str(rest);
+    out
+}
+
+/// Write `set ns.name = value`, what stands inside a tag, as an assignment that the engine can make; `None` if it is
+/// something else. `tag` begins after `{%` and its white space control; returned beside the new text is how long the
+/// old one is.
+fn rewrite_assignment(tag: &str) -> Option<(String, usize)> {
+    let target = tag.trim_start().strip_prefix("set")?.strip_prefix(char::is_whitespace)?;
+    let (target, value) = target.split_once('=')?;
+    let (object, name) = target.trim().rsplit_once('.')?;
+    let is_name = |name: &str| !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+    if !is_name(name) || !object.split('.').all(is_name) {
+        return None;
+    }
+    let value = &value[..tag_end(value)?];
+    let old_len = value.as_ptr() as usize + value.len() - tag.as_ptr() as usize;
+    Some((format!(" set __ = {ASSIGN}({object}, '{name}', ({value})) "), old_len))
+}
+
+/// Where the code before `%}`, `-%}` or `+%}` ends.
+fn tag_end(code: &str) -> Option<usize> {
+    let mut quote = None;
+    let mut bytes = code.bytes().enumerate();
+    while let Some((at, byte)) = bytes.next() {
+        match (quote, byte) {
+            (Some(_), b'\\') => {
+                bytes.next();
+            }
+            (Some(open), _) if open == byte => quote = None,
+            (None, b'\'' | b'"') => quote = Some(byte),
+            (None, b'%') if code[at..].starts_with("%}") => return Some(code[..at].trim_end_matches(['-', '+']).len()),
+            _ => {}
+        }
+    }
+    None
+}
