@@ -40,8 +40,8 @@ fn rewrite_assignment(tag: &str) -> Option<(String, usize)> {
     if !is_name(name) || !object.split('.').all(is_name) {
         return None;
     }
-    let value = &value[..tag_end(value)?];
-    let old_len = value.as_ptr() as usize + value.len() - tag.as_ptr() as usize;
+    let (start, len) = (tag.len() - value.len(), tag_end(value)?);
+    let (value, old_len) = (&value[..len], start + len);
     Some((format!(" set __ = {ASSIGN}({object}, '{name}', ({value})) "), old_len))
 }
 

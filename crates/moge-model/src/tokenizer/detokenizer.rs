@@ -7,6 +7,9 @@ use crate::TokenId;
 ///
 /// What all calls return together equals [`Tokenizer::decode`] of all tokens. Only the bytes of an unfinished
 /// character are held back, so a U+FFFD that the model itself writes comes out at once.
+///
+/// SentencePiece drops the space before the first word of a text. For text that goes on after a prompt, push the
+/// prompt's tokens first and drop what they return: the space then stays.
 #[derive(Clone, Debug, Default)]
 pub struct Detokenizer {
     /// The first bytes of an unfinished UTF-8 character; at most three between calls.

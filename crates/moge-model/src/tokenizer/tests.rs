@@ -352,3 +352,13 @@ proptest! {
         prop_assert_eq!(stream(tokenizer, &ids), tokenizer.decode(&ids));
     }
 }
+
+#[test]
+fn text_that_continues_a_prompt_keeps_its_first_space() {
+    let tokenizer = load_pangu();
+    let word = id(&tokenizer, "\u{2581}a");
+    let mut detokenizer = Detokenizer::default();
+    assert_eq!([detokenizer.push(&tokenizer, word), detokenizer.push(&tokenizer, word)], ["a", " a"]);
+    detokenizer.finish(&tokenizer);
+    assert_eq!(detokenizer.push(&tokenizer, word), "a");
+}
