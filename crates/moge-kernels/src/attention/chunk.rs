@@ -138,10 +138,10 @@ impl<W: Stored> AttendChunk<'_, W> {
             // SAFETY: `head_dim` numbers follow each of these offsets.
             let tile = unsafe { dot_tile(simd, q, keys, self.head_dim) };
             let num_keys = TILE_COLS.min(self.num_keys - first_key);
-            for (m, tile) in tile.iter().enumerate() {
+            for m in 0..M {
                 let scores = &mut self.scores[(head + m) * CHUNK_LEN + first_key..][..num_keys];
-                for (score, dot) in scores.iter_mut().zip(tile) {
-                    *score = dot * scale;
+                for n in 0..num_keys {
+                    scores[n] = tile[m][n] * scale;
                 }
             }
         }

@@ -10,6 +10,12 @@ use crate::elements::{ActivationType, Elements};
 /// Keys and values of one layer: each `[num_blocks, num_kv_heads, block_size, head_dim]`.
 pub struct PagedKv {
     store: Store,
+    layout: Layout,
+}
+
+/// Where each head of each token is.
+#[derive(Clone, Copy, Debug)]
+struct Layout {
     num_blocks: usize,
     block_size: usize,
     num_kv_heads: usize,
@@ -24,12 +30,7 @@ enum Store {
 
 impl std::fmt::Debug for PagedKv {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PagedKv")
-            .field("num_blocks", &self.num_blocks)
-            .field("block_size", &self.block_size)
-            .field("num_kv_heads", &self.num_kv_heads)
-            .field("head_dim", &self.head_dim)
-            .finish_non_exhaustive()
+        f.debug_struct("PagedKv").field("layout", &self.layout).finish_non_exhaustive()
     }
 }
 
@@ -52,13 +53,12 @@ impl PagedKv {
             ActivationType::F32 => Store::F32 { keys: vec![0.0; len], values: vec![0.0; len] },
             ActivationType::Bf16 => Store::Bf16 { keys: vec![0; len], values: vec![0; len] },
         };
-        PagedKv { store, num_blocks, block_size, num_kv_heads, head_dim }
+        PagedKv { store, layout: Layout { num_blocks, block_size, num_kv_heads, head_dim } }
     }
 
     /// Bytes of keys and values together.
     pub fn bytes(&self) -> usize {
-        let len = self.num_blocks * self.block_size * self.num_kv_heads * self.head_dim;
-        2 * len * self.keys().dtype().size_bytes()
+        2 * self.keys().len() * self.keys().dtype().size_bytes()
     }
 
     /// The precision of its numbers.
@@ -71,22 +71,22 @@ impl PagedKv {
 
     /// Number of blocks.
     pub fn num_blocks(&self) -> usize {
-        self.num_blocks
+        self.layout.num_blocks
     }
 
     /// Tokens in a block.
     pub fn block_size(&self) -> usize {
-        self.block_size
+        self.layout.block_size
     }
 
     /// Number of key/value heads.
     pub fn num_kv_heads(&self) -> usize {
-        self.num_kv_heads
+        self.layout.num_kv_heads
     }
 
     /// Width of a head.
     pub fn head_dim(&self) -> usize {
-        self.head_dim
+        self.layout.head_dim
     }
 
     pub(super) fn keys(&self) -> Elements<'_> {
@@ -106,9 +106,12 @@ impl PagedKv {
     /// Where the numbers of `kv_head` for the token at `position` begin, in keys and in values.
     #[inline]
     pub(super) fn offset(&self, sequence: &SequenceRows, kv_head: usize, position: usize) -> usize {
-        let block = sequence.block_table[position / self.block_size].0 as usize;
-        let row = (block * self.num_kv_heads + kv_head) * self.block_size + position % self.block_size;
-        row * self.head_dim
+        self.layout.offset(sequence, kv_head, position)
+    }
+
+    /// Check that every row of `sequences` has a place; returns the number of rows.
+    pub(super) fn check(&self, sequences: &[SequenceRows]) -> usize {
+        self.layout.check(sequences)
     }
 
     /// Store the keys and values of a step's rows, rounded to the cache's precision.
@@ -119,29 +122,36 @@ impl PagedKv {
     /// # Panics
     /// If a length does not fit, a block table is too short, or a block is not below `num_blocks`.
     pub fn write(&mut self, cpu: &Cpu, k: &[f32], v: &[f32], sequences: &[SequenceRows]) {
-        let num_rows = self.check(sequences);
-        let width = self.num_kv_heads * self.head_dim;
+        let layout = self.layout;
+        let num_rows = layout.check(sequences);
+        let width = layout.num_kv_heads * layout.head_dim;
         assert_eq!(k.len(), num_rows * width, "keys of {num_rows} x {width}");
         assert_eq!(v.len(), k.len(), "values and keys");
-        // The store is taken out so that `self.offset` can be asked while it is written.
-        let mut store = std::mem::replace(&mut self.store, Store::F32 { keys: Vec::new(), values: Vec::new() });
-        match &mut store {
+        match &mut self.store {
             Store::F32 { keys, values } => {
-                self.write_heads(cpu, keys, k, sequences, <[f32]>::copy_from_slice);
-                self.write_heads(cpu, values, v, sequences, <[f32]>::copy_from_slice);
+                layout.write(cpu, keys, k, sequences, <[f32]>::copy_from_slice);
+                layout.write(cpu, values, v, sequences, <[f32]>::copy_from_slice);
             }
             Store::Bf16 { keys, values } => {
                 let convert = |place: &mut [bf16], x: &[f32]| place.convert_from_f32_slice(x);
-                self.write_heads(cpu, keys.reinterpret_cast_mut(), k, sequences, convert);
-                self.write_heads(cpu, values.reinterpret_cast_mut(), v, sequences, convert);
+                layout.write(cpu, keys.reinterpret_cast_mut(), k, sequences, convert);
+                layout.write(cpu, values.reinterpret_cast_mut(), v, sequences, convert);
             }
         }
-        self.store = store;
+    }
+}
+
+impl Layout {
+    #[inline]
+    fn offset(self, sequence: &SequenceRows, kv_head: usize, position: usize) -> usize {
+        let block = sequence.block_table[position / self.block_size].0 as usize;
+        let row = (block * self.num_kv_heads + kv_head) * self.block_size + position % self.block_size;
+        row * self.head_dim
     }
 
     /// Write `x` to `store`. Threads take heads, whose places differ whatever the block tables say.
-    fn write_heads<T: Send>(
-        &self,
+    fn write<T: Send>(
+        self,
         cpu: &Cpu,
         store: &mut [T],
         x: &[f32],
@@ -164,8 +174,7 @@ impl PagedKv {
         });
     }
 
-    /// Check that every row of `sequences` has a place; returns the number of rows.
-    pub(super) fn check(&self, sequences: &[SequenceRows]) -> usize {
+    fn check(self, sequences: &[SequenceRows]) -> usize {
         for sequence in sequences {
             let num_tokens = sequence.first_position + sequence.num_rows;
             assert!(sequence.num_rows > 0, "a sequence without rows");

@@ -130,19 +130,18 @@ impl<W: Stored> MultiplyBlock<'_, W> {
         w: [*const W; TILE_COLS],
         piece: Range<usize>,
     ) -> usize {
+        // Loops over indices, here and below: in a body this large, iterators' own functions are not always inlined.
         let mut x = [self.x[row]; M];
-        for (m, x) in x.iter_mut().enumerate() {
+        for m in 0..M {
             // SAFETY: `width` numbers are readable at the row.
-            *x = unsafe { self.x[row + m].add(piece.start) };
+            x[m] = unsafe { self.x[row + m].add(piece.start) };
         }
         // SAFETY: The length of the piece is readable at each pointer.
         let sums = unsafe { dot_tile(simd, x, w, piece.len()) };
-        for (out, sums) in self.out[row..row + M].iter_mut().zip(&sums) {
-            let out = &mut out[col..col + TILE_COLS];
-            if piece.start == 0 {
-                out.copy_from_slice(sums);
-            } else {
-                out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+        for m in 0..M {
+            let out = &mut self.out[row + m];
+            for n in 0..TILE_COLS {
+                out[col + n] = if piece.start == 0 { sums[m][n] } else { out[col + n] + sums[m][n] };
             }
         }
         M
@@ -171,28 +170,23 @@ pub(crate) unsafe fn dot_tile<S: Simd, W: Stored, const M: usize>(
         // The rest, followed by zeros.
         let mut x_rest = [[0.0; MAX_LANES]; M];
         let mut w_rest = [[W::ZERO; MAX_LANES]; TILE_COLS];
-        for (rest, x) in x_rest.iter_mut().zip(x) {
+        let (mut x_start, mut w_start) = ([x[0]; M], [w[0]; TILE_COLS]);
+        for m in 0..M {
             // SAFETY: `k..len` is readable, and shorter than a register.
-            unsafe { std::ptr::copy_nonoverlapping(x.add(k), rest.as_mut_ptr(), len - k) };
+            unsafe { std::ptr::copy_nonoverlapping(x[m].add(k), x_rest[m].as_mut_ptr(), len - k) };
+            x_start[m] = x_rest[m].as_ptr();
         }
-        for (rest, w) in w_rest.iter_mut().zip(w) {
+        for n in 0..TILE_COLS {
             // SAFETY: As for `x`.
-            unsafe { std::ptr::copy_nonoverlapping(w.add(k), rest.as_mut_ptr(), len - k) };
-        }
-        let mut x_start = [x[0]; M];
-        for (start, rest) in x_start.iter_mut().zip(&x_rest) {
-            *start = rest.as_ptr();
-        }
-        let mut w_start = [w[0]; TILE_COLS];
-        for (start, rest) in w_start.iter_mut().zip(&w_rest) {
-            *start = rest.as_ptr();
+            unsafe { std::ptr::copy_nonoverlapping(w[n].add(k), w_rest[n].as_mut_ptr(), len - k) };
+            w_start[n] = w_rest[n].as_ptr();
         }
         // SAFETY: Each rest is MAX_LANES long.
         unsafe { add_products(simd, x_start, w_start, 0, &mut sums) };
     }
     let mut out = [[0.0; TILE_COLS]; M];
-    for (out, sums) in out.iter_mut().zip(sums) {
-        *out = simd.sum4(sums);
+    for m in 0..M {
+        out[m] = simd.sum4(sums[m]);
     }
     out
 }
