@@ -122,7 +122,7 @@ impl Scheduler {
             max_tokens,
             stop_token_ids: [&sampling.stop_token_ids, eos_token_ids].concat(),
             block_table: Vec::new(),
-            text: self.tokenizer.clone().map(|tokenizer| TextStream::new(tokenizer, &sampling.stop)),
+            text: self.tokenizer.clone().map(|tokenizer| TextStream::new(tokenizer, &prompt, &sampling.stop)),
             prompt_logprobs: vec![None],
             tokens: prompt,
             sampling,

@@ -12,8 +12,10 @@ pub(crate) struct TextStream {
 }
 
 impl TextStream {
-    pub(crate) fn new(tokenizer: Arc<Tokenizer>, stop: &[String]) -> TextStream {
-        TextStream { tokenizer, detokenizer: Detokenizer::default(), stop_strings: StopStrings::new(stop) }
+    /// For the text that follows `prompt`.
+    pub(crate) fn new(tokenizer: Arc<Tokenizer>, prompt: &[TokenId], stop: &[String]) -> TextStream {
+        let detokenizer = Detokenizer::after(&tokenizer, prompt);
+        TextStream { tokenizer, detokenizer, stop_strings: StopStrings::new(stop) }
     }
 
     /// Take the next token; returns the text that is now certain. Text of a token that may not stop the sequence is

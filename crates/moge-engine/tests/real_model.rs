@@ -28,7 +28,7 @@ fn engine(case: &str, num_threads: usize, max_batched_tokens: usize) -> Engine {
         max_waiting: 20,
         eos_token_ids: Vec::new(),
     };
-    Engine::new(model, Cpu::new(Isa::best(), num_threads), None, &config)
+    Engine::new(model, Cpu::new(Isa::select().unwrap(), num_threads), None, &config)
 }
 
 /// Everything that a sequence gave.

@@ -17,6 +17,22 @@ enum Level {
     Avx512,
 }
 
+/// `MOGE_ISA` names an ISA that this CPU does not have, or none at all.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnknownIsa {
+    /// The name.
+    pub name: String,
+}
+
+impl std::fmt::Display for UnknownIsa {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names: Vec<&str> = Isa::available().map(Isa::name).collect();
+        write!(f, "MOGE_ISA={} is not one of this CPU's: {}", self.name, names.join(", "))
+    }
+}
+
+impl std::error::Error for UnknownIsa {}
+
 /// Every level, slowest first.
 const LEVELS: &[Level] = &[
     Level::Scalar,
@@ -55,6 +71,18 @@ impl Isa {
     /// The fastest ISA that this CPU has.
     pub fn best() -> Isa {
         Isa::available().last().unwrap_or(Isa::scalar())
+    }
+
+    /// The ISA that the environment variable `MOGE_ISA` names, else the best: for comparing ISAs, and for running
+    /// tests on a slower one.
+    ///
+    /// # Errors
+    /// If it names none of [`Isa::available`].
+    pub fn select() -> Result<Isa, UnknownIsa> {
+        match std::env::var("MOGE_ISA") {
+            Ok(name) => Isa::named(&name).ok_or(UnknownIsa { name }),
+            Err(_) => Ok(Isa::best()),
+        }
     }
 
     /// The ISA that every CPU has.

@@ -16,6 +16,9 @@ struct Feed {
     logits: Vec<f32>,
 }
 
+/// Rows that a sequence brings in each step, at the most.
+type Chunking = fn(usize) -> usize;
+
 /// The sequence under test, then `num_others` of different lengths; blocks of all are their own.
 fn feeds(tokens: &[TokenId], num_others: usize, vocab_size: u32) -> Vec<Feed> {
     let mut next_block = 0;
@@ -38,7 +41,7 @@ fn run(
     mut feeds: Vec<Feed>,
     chunk: impl Fn(usize) -> usize,
 ) -> Vec<f32> {
-    let cpu = Cpu::new(Isa::best(), num_threads);
+    let cpu = Cpu::new(Isa::select().unwrap(), num_threads);
     let num_blocks = feeds.iter().map(|feed| feed.block_table.len()).sum();
     let max_rows = feeds.iter().map(|feed| feed.tokens.len()).sum();
     let mut kv_cache = KvCache::new(model.config(), activation, num_blocks);
@@ -88,7 +91,7 @@ fn logits_do_not_depend_on_batch_chunks_or_threads() {
         for activation in [ActivationType::F32, ActivationType::Bf16] {
             let alone = run(model, activation, 1, feeds(&tokens, 0, vocab_size), |_| usize::MAX);
             assert_eq!(alone.len(), tokens.len() * model.config().vocab_size);
-            let chunkings: [(&str, fn(usize) -> usize); 4] = [
+            let chunkings: [(&str, Chunking); 4] = [
                 ("whole", |_| usize::MAX),
                 ("one by one", |_| 1),
                 ("sevens", |_| 7),

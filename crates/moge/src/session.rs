@@ -203,6 +203,7 @@ impl Frontend {
             (DtypeArg::F32, _) | (DtypeArg::Auto, Dtype::F32 | Dtype::F16) => ActivationType::F32,
             (DtypeArg::Bf16, _) | (DtypeArg::Auto, Dtype::Bf16) => ActivationType::Bf16,
         };
+        let isa = Isa::select()?;
         let num_threads = args.threads.map_or_else(available_threads, NonZeroUsize::get);
         let max_running = sequence_tokens.len().clamp(1, MAX_RUNNING);
         let total_tokens: usize = sequence_tokens.iter().sum();
@@ -226,7 +227,7 @@ impl Frontend {
             model.checkpoint().prefault(num_threads, &|done, total| progress::set(&bar, done, total));
         }
         bar.finish_and_clear();
-        let cpu = Cpu::new(Isa::best(), num_threads);
+        let cpu = Cpu::new(isa, num_threads);
         tracing::info!("{} threads, {}, {activation:?} activations", num_threads, cpu.isa().name());
         let tokenizer = self.tokenizer.as_ref().ok().cloned();
         Ok((Engine::new(model, cpu, tokenizer, &config), start.elapsed()))

@@ -30,7 +30,7 @@ impl<'a> ThinkingSplitter<'a> {
         let last = delimiters.and_then(|(open, close)| prompt.iter().rfind(|&&id| id == open || id == close).copied());
         let opened = last.is_some() && last == delimiters.map(|(open, _)| open);
         let part = if opened { Part::Thinking } else { Part::Answer };
-        ThinkingSplitter { tokenizer, delimiters, detokenizer: Detokenizer::default(), part }
+        ThinkingSplitter { tokenizer, delimiters, detokenizer: Detokenizer::after(tokenizer, prompt), part }
     }
 
     /// Take the next token; returns the text that became certain and the part it belongs to.

@@ -155,9 +155,10 @@ fn streamed_text_equals_the_text_in_json_and_the_decoded_tokens() {
         let ids: Vec<String> = answer["tokens"].as_array().unwrap().iter().map(Value::to_string).collect();
         let decoded = json_of(moge(&["tokenize", "-m", &model.arg(), "--decode", &ids.join(",")]));
         if answer["finish_reason"] == "length" {
-            // Pangu's decoder drops the space in front of a text; a continuation has none in front.
+            // Pangu's decoder drops the space in front of a text; a continuation keeps it.
             let text = answer["text"].as_str().unwrap();
-            assert_eq!(decoded["text"].as_str().unwrap().trim_start(), text.trim_start(), "{arch}");
+            let (text, decoded) = (text, decoded["text"].as_str().unwrap());
+            assert!(text == decoded || text.strip_prefix(' ') == Some(decoded), "{arch}: {text:?} {decoded:?}");
         }
     }
 }

@@ -8,8 +8,8 @@ use crate::TokenId;
 /// What all calls return together equals [`Tokenizer::decode`] of all tokens. Only the bytes of an unfinished
 /// character are held back, so a U+FFFD that the model itself writes comes out at once.
 ///
-/// SentencePiece drops the space before the first word of a text. For text that goes on after a prompt, push the
-/// prompt's tokens first and drop what they return: the space then stays.
+/// SentencePiece drops the space before the first word of a text. Text that goes on after a prompt keeps it:
+/// [`Detokenizer::after`].
 #[derive(Clone, Debug, Default)]
 pub struct Detokenizer {
     /// The first bytes of an unfinished UTF-8 character; at most three between calls.
@@ -18,6 +18,15 @@ pub struct Detokenizer {
 }
 
 impl Detokenizer {
+    /// For the text that follows `prompt`.
+    pub fn after(tokenizer: &Tokenizer, prompt: &[TokenId]) -> Detokenizer {
+        let mut detokenizer = Detokenizer::default();
+        for &token in prompt {
+            detokenizer.push(tokenizer, token);
+        }
+        detokenizer
+    }
+
     /// Take the next token of the sequence; returns the text that became certain, often empty for a part of a
     /// character. Every call for one sequence must be given the same tokenizer.
     pub fn push(&mut self, tokenizer: &Tokenizer, id: TokenId) -> String {

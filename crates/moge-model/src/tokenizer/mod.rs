@@ -205,6 +205,13 @@ impl Tokenizer {
         text
     }
 
+    /// Text of one token as it would be inside a text: a leading space stays, a part of a character is U+FFFD.
+    pub fn token_text(&self, id: TokenId) -> String {
+        let mut bytes = Vec::new();
+        self.append_bytes(id, &mut Some(TextStart::Passed), &mut bytes);
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
     /// A token as the vocabulary spells it (`▁word`, `Ġword`, `<0x0A>`); empty if there is no such id.
     pub fn piece(&self, id: TokenId) -> String {
         match &self.vocabulary {

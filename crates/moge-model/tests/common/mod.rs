@@ -68,7 +68,7 @@ pub(crate) struct Run {
 
 /// All tokens in one step, logits wanted everywhere.
 pub(crate) fn run_whole(model: &Model, tokens: &[TokenId], activation: ActivationType) -> Run {
-    let cpu = Cpu::new(Isa::best(), 2);
+    let cpu = Cpu::new(Isa::select().unwrap(), 2);
     let num_blocks = tokens.len().div_ceil(BLOCK_SIZE);
     let mut kv_cache = KvCache::new(model.config(), activation, num_blocks);
     let limits = StepLimits {
@@ -95,7 +95,7 @@ pub(crate) fn run_whole(model: &Model, tokens: &[TokenId], activation: Activatio
 
 /// `num_tokens` tokens, each the likeliest; ties go to the lower id.
 pub(crate) fn greedy(model: &Model, prompt: &[TokenId], num_tokens: usize) -> Vec<TokenId> {
-    let cpu = Cpu::new(Isa::best(), 1);
+    let cpu = Cpu::new(Isa::select().unwrap(), 1);
     let num_blocks = (prompt.len() + num_tokens).div_ceil(BLOCK_SIZE);
     let mut kv_cache = KvCache::new(model.config(), ActivationType::F32, num_blocks);
     let limits = StepLimits {

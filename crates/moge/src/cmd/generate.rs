@@ -245,7 +245,7 @@ fn generate(
 impl Generation {
     fn to_json(&self, frontend: &Frontend, progress: &Progress, load_time: Duration) -> Value {
         let piece =
-            |token: TokenId| frontend.tokenizer().map(|tokenizer| tokenizer.decode(&[token])).unwrap_or_default();
+            |token: TokenId| frontend.tokenizer().map(|tokenizer| tokenizer.token_text(token)).unwrap_or_default();
         let entry = |token: TokenId, row: &RowLogprobs| {
             let top: Vec<Value> =
                 row.top.iter().map(|top| json!({ "token": top.token, "logprob": top.logprob })).collect();
