@@ -1,17 +1,17 @@
 //! A model ready to answer: what `generate` and `chat` share.
 
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use indicatif::DecimalBytes;
 use moge_engine::{Engine, EngineConfig, SamplingParams};
 use moge_model::{
     ActivationType, BLOCK_SIZE, ChatTemplate, Checkpoint, Cpu, Dtype, GenerationDefaults, Isa, KvCache, LoadMode,
-    Model, ModelConfig, TokenId, Tokenizer, TokenizerError, Workspace, available_threads,
+    MAX_THREADS, Model, ModelConfig, TokenId, Tokenizer, TokenizerError, Workspace, available_threads,
 };
 
 use crate::memory::{MemoryPlan, available_bytes};
@@ -30,8 +30,8 @@ pub(crate) struct ModelArgs {
     #[arg(short, long, value_name = "DIR")]
     pub(crate) model: PathBuf,
     /// Worker threads [default: the processors this process may use]
-    #[arg(long, value_name = "N")]
-    pub(crate) threads: Option<NonZeroUsize>,
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_THREADS as u64))]
+    pub(crate) threads: Option<usize>,
     /// Precision of activations and KV cache; auto takes bf16 for bf16 checkpoints, f32 for others
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) dtype: DtypeArg,
@@ -204,7 +204,7 @@ impl Frontend {
             (DtypeArg::Bf16, _) | (DtypeArg::Auto, Dtype::Bf16) => ActivationType::Bf16,
         };
         let isa = Isa::select()?;
-        let num_threads = args.threads.map_or_else(available_threads, NonZeroUsize::get);
+        let num_threads = args.threads.unwrap_or_else(available_threads);
         let max_running = sequence_tokens.len().clamp(1, MAX_RUNNING);
         let total_tokens: usize = sequence_tokens.iter().sum();
         let mut config = EngineConfig {
@@ -245,7 +245,11 @@ impl Frontend {
         let block_bytes = KvCache::block_bytes(&self.config, config.activation);
         let workspace_bytes = Workspace::bytes(&self.config, config.step_limits(&self.config, num_threads));
         let weight_bytes = Checkpoint::file_bytes(&self.dir)?;
-        let plan = |blocks: usize| MemoryPlan { weight_bytes, kv_bytes: blocks as u64 * block_bytes, workspace_bytes };
+        let plan = |blocks: usize| MemoryPlan {
+            weight_bytes,
+            kv_bytes: block_bytes.saturating_mul(blocks as u64),
+            workspace_bytes,
+        };
         let paging = args.allow_paging && args.load == LoadArg::Mmap;
         plan(least_blocks).check(available, paging).with_context(|| self.dir.display().to_string())?;
         let resident = if paging { workspace_bytes } else { weight_bytes + workspace_bytes };

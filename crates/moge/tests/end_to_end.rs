@@ -345,3 +345,25 @@ fn completions_are_written_for_every_shell() {
         assert!(stdout(moge(&["completions", shell])).contains("generate"));
     }
 }
+
+#[test]
+fn more_threads_than_can_be_and_a_config_of_the_largest_sizes_are_refused() {
+    for threads in ["0", "4097", "18446744073709551615"] {
+        let output = moge(&["generate", "-m", &golden("qwen3"), "--tokens", "5", "--threads", threads]);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(stderr.contains(&format!("{threads} is not in 1..=4096")), "{stderr}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = Path::new(&golden("qwen3")).join("model.safetensors");
+    std::fs::copy(checkpoint, dir.path().join("model.safetensors")).unwrap();
+    let config = std::fs::read(Path::new(&golden("qwen3")).join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    let sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"];
+    for size in sizes.iter().chain(&["head_dim", "max_position_embeddings"]) {
+        config[size] = json!(1 << 21);
+    }
+    config["num_hidden_layers"] = json!(4096);
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let args = ["generate", "-m", dir.path().to_str().unwrap(), "--tokens", "5", "-n", "3000000", "--threads", "4096"];
+    assert_refused(&args, &["not enough memory"]);
+}
