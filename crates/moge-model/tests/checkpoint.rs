@@ -98,6 +98,12 @@ fn overlapping_or_wild_offsets_are_refused() {
     bad["model.norm.weight"]["shape"] = json!([u64::MAX, u64::MAX]);
     join_file(&file, &bad, &data);
     assert_refused(dir.path(), &["not a valid safetensors file"]);
+    // Each tensor is one that can be, and together they reach almost to the end of 64 bits.
+    let size = (1u64 << 61) - 1;
+    let tensor = |i: u64| json!({"dtype": "U8", "shape": [size], "data_offsets": [i * size, (i + 1) * size]});
+    let bad: Value = (0..8).map(|i| (format!("t{i}"), tensor(i))).collect();
+    join_file(&file, &bad, &data);
+    assert_refused(dir.path(), &["not a valid safetensors file", "describes 18446744073709551608 bytes of data"]);
 }
 
 #[test]
