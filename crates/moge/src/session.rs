@@ -125,14 +125,13 @@ impl SamplingArgs {
     /// Sampling parameters; `defaults` fill what the command line leaves open. Without a seed, `seed` is taken.
     pub(crate) fn params(&self, defaults: &GenerationDefaults, seed: u64) -> SamplingParams {
         // A file that does not ask for sampling states its temperature in vain.
-        let samples = defaults.do_sample == Some(true);
-        let default_temperature = if samples { defaults.temperature.map_or(1.0, f64::from) } else { 0.0 };
+        let default_temperature = if defaults.is_greedy() { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
         SamplingParams {
             temperature: self.temperature.unwrap_or(default_temperature),
             top_k: self.top_k.or(defaults.top_k),
-            top_p: self.top_p.or(defaults.top_p.map(f64::from)).unwrap_or(1.0),
-            min_p: self.min_p.or(defaults.min_p.map(f64::from)).unwrap_or(0.0),
-            repetition_penalty: self.repetition_penalty.or(defaults.repetition_penalty.map(f64::from)).unwrap_or(1.0),
+            top_p: self.top_p.or(defaults.top_p).unwrap_or(1.0),
+            min_p: self.min_p.or(defaults.min_p).unwrap_or(0.0),
+            repetition_penalty: self.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
             presence_penalty: self.presence_penalty.unwrap_or(0.0),
             frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
             logit_bias: self.logit_bias.iter().copied().collect(),
