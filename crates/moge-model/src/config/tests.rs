@@ -113,6 +113,24 @@ fn an_unknown_architecture_lists_what_is_supported() {
 }
 
 #[test]
+fn a_field_that_is_not_stated_has_the_value_of_the_reference_implementation() {
+    for (architecture, eps, qkv_bias, o_bias) in [
+        (Architecture::PanguEmbedded, 1e-5, true, true),
+        (Architecture::Qwen3, 1e-6, false, false),
+        (Architecture::Glm4, 1.5625e-7, true, false),
+    ] {
+        let config = parse(&serde_json::json!({
+            "architectures": [architecture.hf_name()], "vocab_size": 307, "hidden_size": 48, "num_hidden_layers": 3,
+            "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 44, "rope_theta": 10000.0,
+            "max_position_embeddings": 512
+        }))
+        .unwrap();
+        assert_eq!((config.rms_norm_eps, config.qkv_bias, config.o_bias), (eps, qkv_bias, o_bias), "{architecture:?}");
+        assert!(!config.tie_word_embeddings);
+    }
+}
+
+#[test]
 fn glm4_reads_rope_settings_from_both_places() {
     let mut config = serde_json::json!({
         "architectures": ["Glm4ForCausalLM"], "vocab_size": 151552, "hidden_size": 6144, "num_hidden_layers": 61,
