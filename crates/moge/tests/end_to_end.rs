@@ -97,6 +97,15 @@ fn generate_continues_tokens_as_pytorch_does() {
 }
 
 #[test]
+fn a_synthetic_model_needs_no_checkpoint() {
+    let run = || stdout(moge(&["generate", "--synthetic", "tiny", "-p", "once", "-n", "5", "--ignore-eos"]));
+    assert!(!run().trim().is_empty());
+    assert_eq!(run(), run());
+    assert_refused(&["generate", "--synthetic", "huge", "-p", "x"], &["huge", "moge synth --help"]);
+    assert_refused(&["generate", "-p", "x"], &["--model"]);
+}
+
+#[test]
 fn reading_the_weights_gives_the_same_tokens_as_mapping_them() {
     let model = golden("pangu-pro-moe-v1");
     let run = |load: &str, threads: &str| {
