@@ -19,7 +19,7 @@ pub(crate) struct MemoryPlan {
 
 impl MemoryPlan {
     fn total_bytes(self) -> u64 {
-        self.weight_bytes + self.kv_bytes + self.workspace_bytes
+        self.weight_bytes.saturating_add(self.kv_bytes).saturating_add(self.workspace_bytes)
     }
 
     /// Refuse a plan that does not fit into `available_bytes`. With `weights_may_page`, mapped weights that do not fit

@@ -270,7 +270,11 @@ impl Frontend {
         let block_bytes = KvCache::block_bytes(&self.config, config.activation);
         let workspace_bytes = Workspace::bytes(&self.config, config.step_limits(&self.config, num_threads));
         let weight_bytes = Checkpoint::file_bytes(&self.dir)?;
-        let plan = |blocks: usize| MemoryPlan { weight_bytes, kv_bytes: blocks as u64 * block_bytes, workspace_bytes };
+        let plan = |blocks: usize| MemoryPlan {
+            weight_bytes,
+            kv_bytes: block_bytes.saturating_mul(blocks as u64),
+            workspace_bytes,
+        };
         let paging = args.allow_paging && args.load == LoadArg::Mmap;
         plan(least_blocks).check(available, paging).with_context(|| self.dir.display().to_string())?;
         let resident = if paging { workspace_bytes } else { weight_bytes + workspace_bytes };
