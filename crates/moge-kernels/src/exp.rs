@@ -65,6 +65,14 @@ mod tests {
         isa.run(ExpInPlace(&mut outputs));
         let mut worst = 0.0f64;
         for (&x, &found) in inputs.iter().zip(&outputs) {
+            // Nine tenths of all f32 are too large or too small to need more than a look.
+            if x.abs() < 1e-8 {
+                assert_eq!(found, 1.0, "{x}");
+                continue;
+            } else if x.abs() > 110.0 {
+                assert_eq!(found, if x > 0.0 { f32::INFINITY } else { 0.0 }, "{x}");
+                continue;
+            }
             let expected = f64::from(x).exp();
             if x.is_nan() {
                 assert!(found.is_nan());

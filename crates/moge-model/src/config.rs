@@ -390,6 +390,9 @@ impl RawConfig<'_> {
                 return Err(self.bad("num_attention_heads", problem));
             }
         };
+        if num_q_heads * head_dim > MAX_SIZE as usize {
+            return Err(self.bad("head_dim", format!("{num_q_heads} heads of {head_dim} are wider than {MAX_SIZE}")));
+        }
         if !head_dim.is_multiple_of(2) {
             return Err(self.bad("head_dim", format!("{head_dim} is odd; RoPE turns pairs")));
         }

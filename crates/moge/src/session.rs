@@ -9,11 +9,14 @@ use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use indicatif::DecimalBytes;
 use moge_engine::{Engine, EngineConfig, SamplingParams};
+use moge_model::synth::write_checkpoint;
 use moge_model::{
-    ActivationType, BLOCK_SIZE, ChatTemplate, Checkpoint, Cpu, Dtype, GenerationDefaults, Isa, KvCache, LoadMode,
-    MAX_THREADS, Model, ModelConfig, TokenId, Tokenizer, TokenizerError, Workspace, available_threads,
+    ActivationType, Architecture, BLOCK_SIZE, ChatTemplate, Checkpoint, Cpu, Dtype, GenerationDefaults, Isa, KvCache,
+    LoadMode, MAX_THREADS, Model, ModelConfig, TokenId, Tokenizer, TokenizerError, Workspace, available_threads,
 };
+use tempfile::TempDir;
 
+use crate::cmd::synth::find_preset;
 use crate::memory::{MemoryPlan, available_bytes};
 use crate::progress;
 
@@ -27,8 +30,12 @@ const MAX_RUNNING: usize = 64;
 #[derive(Debug, Args)]
 pub(crate) struct ModelArgs {
     /// Directory of the checkpoint: config.json, safetensors, tokenizer
-    #[arg(short, long, value_name = "DIR")]
-    pub(crate) model: PathBuf,
+    #[arg(short, long, value_name = "DIR", required_unless_present = "synthetic")]
+    model: Option<PathBuf>,
+    /// Instead of --model: a random Pangu Pro MoE, made for this run in a temporary folder, of a preset's sizes
+    /// (`moge synth --help` lists them)
+    #[arg(long, value_name = "PRESET", conflicts_with = "model")]
+    synthetic: Option<String>,
     /// Worker threads [default: the processors this process may use]
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_THREADS as u64))]
     pub(crate) threads: Option<usize>,
@@ -145,6 +152,22 @@ impl SamplingArgs {
     }
 }
 
+impl ModelArgs {
+    /// Read the small files of the checkpoint, made first if it is to be synthetic.
+    pub(crate) fn open(&self) -> Result<Frontend> {
+        let Some(preset) = &self.synthetic else {
+            return Frontend::open(self.model.as_deref().unwrap_or(Path::new(".")));
+        };
+        let preset = find_preset(Some(Architecture::PanguProMoe), preset)?;
+        let folder = tempfile::Builder::new().prefix("moge-").tempdir().context("temporary folder")?;
+        let dir = folder.path().join(preset.name);
+        let bar = progress::bytes("making");
+        write_checkpoint(&dir, &preset.config, &mut |done, total| progress::set(&bar, done, total))?;
+        bar.finish_and_clear();
+        Ok(Frontend { _folder: Some(folder), ..Frontend::open(&dir)? })
+    }
+}
+
 /// The small files of a checkpoint: enough to make prompts of text.
 pub(crate) struct Frontend {
     /// The checkpoint's directory.
@@ -155,6 +178,8 @@ pub(crate) struct Frontend {
     tokenizer: Result<Arc<Tokenizer>, TokenizerError>,
     /// What `generation_config.json` states.
     pub(crate) defaults: GenerationDefaults,
+    /// Where a synthetic checkpoint lies; removed when this is dropped.
+    _folder: Option<TempDir>,
 }
 
 impl Frontend {
@@ -169,7 +194,7 @@ impl Frontend {
         if let Ok(tokenizer) = &tokenizer {
             tokenizer.check_vocab(config.vocab_size)?;
         }
-        Ok(Frontend { dir: dir.to_owned(), config, tokenizer, defaults })
+        Ok(Frontend { dir: dir.to_owned(), config, tokenizer, defaults, _folder: None })
     }
 
     /// The tokenizer.

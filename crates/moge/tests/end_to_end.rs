@@ -97,6 +97,15 @@ fn generate_continues_tokens_as_pytorch_does() {
 }
 
 #[test]
+fn a_synthetic_model_needs_no_checkpoint() {
+    let run = || stdout(moge(&["generate", "--synthetic", "tiny", "-p", "once", "-n", "5", "--ignore-eos"]));
+    assert!(!run().trim().is_empty());
+    assert_eq!(run(), run());
+    assert_refused(&["generate", "--synthetic", "huge", "-p", "x"], &["huge", "moge synth --help"]);
+    assert_refused(&["generate", "-p", "x"], &["--model"]);
+}
+
+#[test]
 fn reading_the_weights_gives_the_same_tokens_as_mapping_them() {
     let model = golden("pangu-pro-moe-v1");
     let run = |load: &str, threads: &str| {
@@ -358,11 +367,18 @@ fn more_threads_than_can_be_and_a_config_of_the_largest_sizes_are_refused() {
     std::fs::copy(checkpoint, dir.path().join("model.safetensors")).unwrap();
     let config = std::fs::read(Path::new(&golden("qwen3")).join("config.json")).unwrap();
     let mut config: Value = serde_json::from_slice(&config).unwrap();
-    let sizes = ["vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"];
-    for size in sizes.iter().chain(&["head_dim", "max_position_embeddings"]) {
+    let sizes = ["vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"];
+    for size in sizes {
         config[size] = json!(1 << 21);
     }
-    config["num_hidden_layers"] = json!(4096);
+    for (field, value) in [
+        ("num_hidden_layers", 4096),
+        ("head_dim", 2),
+        ("num_attention_heads", 1 << 20),
+        ("num_key_value_heads", 1 << 20),
+    ] {
+        config[field] = json!(value);
+    }
     std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
     let dir = dir.path().to_str().unwrap();
     assert_refused(&["generate", "-m", dir, "--tokens", "5", "-n", "3000000", "--threads", "4096"], &[dir]);

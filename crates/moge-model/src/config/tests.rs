@@ -89,6 +89,7 @@ fn sizes_that_cannot_be_are_refused_with_field_value_and_range() {
     assert_refused(&with("num_experts_per_tok", 128.into()), "num_experts: 64 is not a multiple of the 128");
     assert_refused(&with("num_hidden_layers", 5000.into()), "num_hidden_layers: 5000 is more than 4096");
     assert_refused(&with("num_experts", 1_000_000.into()), "num_experts: 1000000 in 48 layers are more than 262144");
+    assert_refused(&with("head_dim", 100_000.into()), "head_dim: 40 heads of 100000 are wider than 2097152");
     assert_refused(&with("head_dim", 7.into()), "head_dim: 7 is odd");
     assert_refused(&with("rms_norm_eps", 0.into()), "rms_norm_eps: 0");
     assert_refused(&with("rms_norm_eps", 1e-60.into()), "rms_norm_eps");

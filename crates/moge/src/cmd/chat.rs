@@ -12,7 +12,7 @@ use moge_model::{ChatTemplate, Prefix, Thinking, TokenId, Tokenizer, thinking_to
 use rustyline::error::ReadlineError;
 
 use crate::conversation::Conversation;
-use crate::session::{Frontend, ModelArgs, SamplingArgs};
+use crate::session::{ModelArgs, SamplingArgs};
 use crate::thinking::{Part, ThinkingSplitter};
 
 const HELP: &str = "/reset          forget the conversation, keep the system message
@@ -62,7 +62,7 @@ impl From<Switch> for Thinking {
 
 /// Run `moge chat`.
 pub(crate) fn run(args: &ChatArgs) -> Result<()> {
-    let frontend = Frontend::open(&args.model.model)?;
+    let frontend = args.model.open()?;
     let tokenizer = Arc::clone(frontend.tokenizer()?);
     let template = frontend.chat_template()?;
     let params = args.sampling.params(&frontend.defaults, 0);

@@ -84,7 +84,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     if text_only && (args.logprobs.is_some() || args.prompt_logprobs.is_some()) {
         bail!("--logprobs and --prompt-logprobs need --format json");
     }
-    let frontend = Frontend::open(&args.model.model)?;
+    let frontend = args.model.open()?;
     let params = SamplingParams {
         logprobs: args.logprobs,
         prompt_logprobs: args.prompt_logprobs,

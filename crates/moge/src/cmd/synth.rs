@@ -184,8 +184,8 @@ impl ArchitectureName {
     }
 }
 
-/// The one preset called `name`, among those of `architecture` if that is given.
-fn find_preset(architecture: Option<Architecture>, name: &str) -> Result<&'static Preset> {
+/// The preset called `name`, of `architecture` or of the only one that has it.
+pub(crate) fn find_preset(architecture: Option<Architecture>, name: &str) -> Result<&'static Preset> {
     let fits = |preset: &&Preset| architecture.is_none_or(|wanted| preset.config.architecture == wanted);
     let found: Vec<&Preset> = PRESETS.iter().filter(fits).filter(|preset| preset.name == name).collect();
     match found[..] {
