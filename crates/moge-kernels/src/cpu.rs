@@ -35,8 +35,9 @@ pub fn available_threads() -> usize {
 }
 
 impl Cpu {
-    /// Kernels for `isa` on `num_threads` threads: the calling one and workers that this starts. Each worker
-    /// is pinned to a CPU of its own if there are enough; the calling thread is not.
+    /// Kernels for `isa` on `num_threads` threads: the calling one and workers that this starts. If they take all CPUs
+    /// that the process may use, each worker is pinned to its own; the calling thread is not. With fewer, two processes
+    /// would pin theirs to the same ones.
     ///
     /// # Panics
     /// If `num_threads` is 0 or above [`MAX_THREADS`], or if the system refuses a thread.
@@ -45,7 +46,7 @@ impl Cpu {
         let cpus = allowed_cpus();
         let crowded = num_threads > available_threads();
         let pool = Pool::new(num_threads, crowded, move |worker| {
-            if num_threads <= cpus.len() {
+            if num_threads == cpus.len() {
                 pin_this_thread(cpus[worker]);
             }
         });

@@ -68,6 +68,25 @@ fn fields_that_change_the_numbers_are_refused_by_name() {
 }
 
 #[test]
+fn every_field_on_the_list_is_refused_unless_neutral() {
+    for (field, neutral) in NEUTRAL {
+        assert_refused(
+            &with(field, serde_json::json!({"other": 1})),
+            &format!("{field}: {{\"other\":1}} is not implemented"),
+        );
+        let value = match neutral {
+            Neutral::Null => Value::Null,
+            Neutral::False => false.into(),
+            Neutral::Zero => 0.into(),
+            Neutral::One => 1.0.into(),
+            Neutral::Empty => Vec::<Value>::new().into(),
+            Neutral::Text(text) => (*text).into(),
+        };
+        parse(&with(field, value)).unwrap();
+    }
+}
+
+#[test]
 fn neutral_values_of_such_fields_are_accepted() {
     let mut config = with("sliding_window", 4096.into());
     config["use_sliding_window"] = false.into();
