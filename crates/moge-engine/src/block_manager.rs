@@ -4,7 +4,7 @@ use moge_model::BlockId;
 
 /// The free list. A block is either in it or in exactly one sequence's block table.
 #[derive(Debug)]
-pub struct BlockManager {
+pub(crate) struct BlockManager {
     num_blocks: usize,
     /// The next block to hand out is the last one.
     free: Vec<BlockId>,
@@ -15,29 +15,24 @@ impl BlockManager {
     ///
     /// # Panics
     /// If a block id would not fit in 32 bits.
-    pub fn new(num_blocks: usize) -> BlockManager {
+    pub(crate) fn new(num_blocks: usize) -> BlockManager {
         let end = u32::try_from(num_blocks).expect("block ids have 32 bits");
         BlockManager { num_blocks, free: (0..end).rev().map(BlockId).collect() }
     }
 
-    /// All blocks, free or not.
-    pub fn num_blocks(&self) -> usize {
-        self.num_blocks
-    }
-
     /// Blocks that nobody holds.
-    pub fn num_free_blocks(&self) -> usize {
+    pub(crate) fn num_free_blocks(&self) -> usize {
         self.free.len()
     }
 
     /// Take `n` free blocks, or none at all if fewer are free.
-    pub fn allocate(&mut self, n: usize) -> Option<Vec<BlockId>> {
+    pub(crate) fn allocate(&mut self, n: usize) -> Option<Vec<BlockId>> {
         let first = self.free.len().checked_sub(n)?;
         Some(self.free.drain(first..).rev().collect())
     }
 
     /// Give blocks back. The first of them is the first to be handed out again.
-    pub fn free(&mut self, blocks: Vec<BlockId>) {
+    pub(crate) fn free(&mut self, blocks: Vec<BlockId>) {
         self.free.extend(blocks.into_iter().rev());
     }
 
@@ -45,7 +40,7 @@ impl BlockManager {
     ///
     /// # Panics
     /// If a block is lost, unknown or held twice.
-    pub fn check_integrity<'a>(&'a self, block_tables: impl Iterator<Item = &'a [BlockId]>) {
+    pub(crate) fn check_integrity<'a>(&'a self, block_tables: impl Iterator<Item = &'a [BlockId]>) {
         let mut held = vec![false; self.num_blocks];
         for &BlockId(block) in block_tables.flatten().chain(&self.free) {
             let held = held.get_mut(block as usize).unwrap_or_else(|| panic!("block {block} does not exist"));

@@ -15,7 +15,6 @@ mod scheduler;
 mod sequence;
 mod text;
 
-pub use block_manager::BlockManager;
 pub use engine::{Engine, EngineConfig};
 pub use error::AdmitError;
 pub use logprobs::{RowLogprobs, TokenLogprob};

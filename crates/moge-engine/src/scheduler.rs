@@ -10,9 +10,10 @@ use std::sync::Arc;
 
 use moge_model::{BLOCK_SIZE, Batch, BlockId, SequenceRows, TokenId, Tokenizer};
 
+use crate::block_manager::BlockManager;
 use crate::sequence::Sequence;
 use crate::text::TextStream;
-use crate::{AdmitError, BlockManager, Request, SeqId, SequenceOutput, SequenceResult};
+use crate::{AdmitError, Request, SeqId, SequenceOutput, SequenceResult};
 
 /// Rows of a step that may want logits for `prompt_logprobs`, over all sequences. Enough for a step to share the
 /// reading of the weights among many rows, while the logits of a vocabulary of 153 376 take no more than 39 MB.

@@ -2,7 +2,7 @@
 
 use crate::cpu::Cpu;
 use crate::elements::ActivationType;
-use crate::simd::{Simd, SimdOp, map};
+use crate::simd::{Simd, SimdOp};
 
 /// Registers that sum squares side by side, so that their latencies overlap.
 const NUM_SUMS: usize = 4;
@@ -129,33 +129,9 @@ impl SimdOp for Add<'_> {
     }
 }
 
-/// Round every number to bf16 if `activation` says so.
-pub fn round_activations(cpu: &Cpu, x: &mut [f32], activation: ActivationType) {
-    if activation == ActivationType::Bf16 {
-        let isa = cpu.isa();
-        cpu.for_each_rows(x, 1, |_, x| isa.run(Round(x)));
-    }
-}
-
-struct Round<'a>(&'a mut [f32]);
-
-impl SimdOp for Round<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        map(
-            simd,
-            self.0,
-            #[inline(always)]
-            |x| simd.round_to_bf16(x),
-        );
-    }
-}
-
 #[cfg(all(test, not(loom)))]
 mod tests {
-    use super::{add, rms_norm, rms_norm_in_place, round_activations};
+    use super::{add, rms_norm, rms_norm_in_place};
     use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu};
     use crate::{ActivationType, round_to_bf16};
 
@@ -214,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn add_and_round_cover_every_number_at_any_length() {
+    fn add_covers_every_number_at_any_length() {
         for cpu in every_cpu() {
             for len in [0, 1, 17, 20_011] {
                 let mut numbers = Numbers::new(9);
@@ -222,10 +198,6 @@ mod tests {
                 let mut x = before.clone();
                 add(&cpu, &mut x, &y);
                 assert!(x.iter().zip(before.iter().zip(&y)).all(|(&x, (a, b))| x == a + b));
-                round_activations(&cpu, &mut x, ActivationType::F32);
-                assert!(x.iter().zip(before.iter().zip(&y)).all(|(&x, (a, b))| x == a + b));
-                round_activations(&cpu, &mut x, ActivationType::Bf16);
-                assert!(x.iter().zip(before.iter().zip(&y)).all(|(&x, (a, b))| x == round_to_bf16(a + b)));
             }
         }
     }

@@ -18,7 +18,7 @@ pub enum RopeLayout {
 pub struct RopeHead {
     /// Width of a head.
     pub head_dim: usize,
-    /// How many leading numbers of a head turn; even, at most `head_dim`.
+    /// How many leading numbers of a head turn; even, from 2 to `head_dim`.
     pub rotary_dim: usize,
     /// Which of them turn together.
     pub layout: RopeLayout,
@@ -62,14 +62,15 @@ pub fn rope_angles(cos: &mut [f32], sin: &mut [f32], positions: &[u32], inverse_
 /// Shapes: `x` `[num_rows, num_heads * head_dim]`, `angles` `[num_rows, rotary_dim / 2]`.
 ///
 /// # Panics
-/// If a length does not fit, or `rotary_dim` is odd or above `head_dim`.
+/// If a length does not fit, or `rotary_dim` is odd, 0 or above `head_dim`.
 pub fn rope(cpu: &Cpu, x: &mut [f32], angles: RopeAngles<'_>, head: RopeHead, activation: ActivationType) {
     let RopeHead { head_dim, rotary_dim, .. } = head;
-    assert!(rotary_dim.is_multiple_of(2) && rotary_dim <= head_dim, "rotary_dim {rotary_dim} of head_dim {head_dim}");
+    let is_allowed = rotary_dim.is_multiple_of(2) && (2..=head_dim).contains(&rotary_dim);
+    assert!(is_allowed, "rotary_dim {rotary_dim} of head_dim {head_dim}");
     assert_eq!(angles.cos.len(), angles.sin.len(), "cos and sin");
     let half = rotary_dim / 2;
-    if x.is_empty() || half == 0 {
-        return crate::norm::round_activations(cpu, x, activation);
+    if x.is_empty() {
+        return;
     }
     let num_rows = angles.cos.len() / half;
     assert!(num_rows > 0 && angles.cos.len() == num_rows * half, "{} cosines for pairs of {half}", angles.cos.len());

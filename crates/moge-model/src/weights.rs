@@ -12,7 +12,7 @@ use crate::config::{MlpConfig, ModelConfig, MoeConfig, NormPlacement};
 
 /// A large tensor, used where it lies in the checkpoint's file: `[rows, cols]`, row-major.
 #[derive(Clone, Debug)]
-pub struct Weight {
+pub(crate) struct Weight {
     storage: Arc<Storage>,
     range: Range<usize>,
     dtype: Dtype,
@@ -22,7 +22,7 @@ pub struct Weight {
 
 impl Weight {
     /// The numbers, borrowed.
-    pub fn matrix(&self) -> Matrix<'_> {
+    pub(crate) fn matrix(&self) -> Matrix<'_> {
         let bytes = &self.storage.bytes()[self.range.clone()];
         let elements = match self.dtype {
             Dtype::F32 => Elements::F32(bytemuck::cast_slice(bytes)),

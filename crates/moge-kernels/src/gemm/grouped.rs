@@ -20,16 +20,6 @@ pub struct GroupedRows<'a> {
 }
 
 impl<'a> GroupedRows<'a> {
-    /// Number of dispatched rows.
-    pub fn num_dispatched(self) -> usize {
-        self.offsets.last().copied().unwrap_or(0)
-    }
-
-    /// Number of experts.
-    pub fn num_experts(self) -> usize {
-        self.offsets.len().saturating_sub(1)
-    }
-
     /// The input rows, of `width` numbers each.
     fn input(self, x: &'a [f32], width: usize) -> InputRows<'a> {
         InputRows { x, width, source_rows: self.source_rows }
