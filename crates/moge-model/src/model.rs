@@ -132,7 +132,7 @@ impl Model {
         dense_mlp(cpu, &experts.shared, work);
         let Workspace { hidden, normed, inner, expert_out, projected, dispatch, activation, .. } = work;
         let rows = GroupedRows { offsets: &dispatch.offsets, source_rows: Some(&dispatch.source_rows) };
-        inner.resize(dispatch.source_rows.len() * moe.expert_intermediate_size, 0.0);
+        let inner = &mut inner[..dispatch.source_rows.len() * moe.expert_intermediate_size];
         let gate_up = |e: usize| experts.routed[e].gate_up.each_ref().map(|weight| weight.matrix());
         grouped_swiglu(cpu, inner, normed, rows, &gate_up, *activation);
         let rows = GroupedRows { source_rows: None, ..rows };
@@ -168,7 +168,7 @@ fn linear(cpu: &Cpu, out: &mut [f32], x: &[f32], linear: &Linear) {
 fn dense_mlp(cpu: &Cpu, mlp: &Swiglu, work: &mut Workspace) {
     let Workspace { normed, inner, projected, activation, num_rows, .. } = work;
     let rows = GroupedRows { offsets: &[0, *num_rows], source_rows: None };
-    inner.resize(*num_rows * mlp.down.matrix().cols(), 0.0);
+    let inner = &mut inner[..*num_rows * mlp.down.matrix().cols()];
     let gate_up = |_| mlp.gate_up.each_ref().map(|weight| weight.matrix());
     grouped_swiglu(cpu, inner, normed, rows, &gate_up, *activation);
     gemm(cpu, projected, inner, mlp.down.matrix(), None);

@@ -32,7 +32,7 @@ pub struct Workspace {
     pub(crate) router_logits: Vec<f32>,
     pub(crate) routes: Vec<Route>,
     pub(crate) dispatch: Dispatch,
-    /// Inner activations of an MLP: of the shared expert, then of the routed ones.
+    /// Inner activations of an MLP: of the shared expert, then of the routed ones; the front part that each needs.
     pub(crate) inner: Vec<f32>,
     /// Output of the routed experts, `[num_rows * experts_per_token, hidden_size]`.
     pub(crate) expert_out: Vec<f32>,
@@ -194,6 +194,7 @@ impl Workspace {
         for buffer in [&mut self.k, &mut self.v] {
             buffer.resize(num_rows * widths.kv, 0.0);
         }
+        self.inner.resize(num_rows * widths.inner, 0.0);
         self.router_logits.resize(num_rows * widths.experts, 0.0);
         self.routes.resize(num_rows * widths.experts_per_token, Route { expert: ExpertId(0), weight: 0.0 });
         self.expert_out.resize(num_rows * widths.experts_per_token * widths.hidden, 0.0);
