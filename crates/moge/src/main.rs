@@ -1,8 +1,12 @@
 //! The `moge` binary.
 
+// Printing goes through `output`, which bears a closed pipe.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 mod cmd;
 mod conversation;
 mod memory;
+mod output;
 mod progress;
 mod session;
 mod thinking;
@@ -54,6 +58,7 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .without_time()
         .with_target(false)
+        .log_internal_errors(false)
         .init();
     let result = match cli.command {
         Command::Generate(args) => cmd::generate::run(&args),
@@ -62,14 +67,16 @@ fn main() -> ExitCode {
         Command::Inspect(args) => cmd::inspect::run(&args),
         Command::Synth(args) => cmd::synth::run(&args),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "moge", &mut std::io::stdout());
-            Ok(())
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "moge", &mut script);
+            output::print(String::from_utf8_lossy(&script))
         }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if output::is_reader_gone(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            output::say_line(format_args!("error: {}", output::one_line(&error)));
             ExitCode::FAILURE
         }
     }

@@ -47,6 +47,8 @@ fn assert_refused(args: &[&str], parts: &[&str]) {
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success(), "{args:?} should be refused");
     assert!(!stderr.contains("panicked"), "{stderr}");
+    // Status 2 is that of the command line parser, which adds how to call the command.
+    assert!(output.status.code() == Some(2) || stderr.lines().count() == 1, "{stderr}");
     for part in parts {
         assert!(stderr.contains(part), "{part:?} is not in: {stderr}");
     }
@@ -346,6 +348,51 @@ fn too_little_memory_is_said_before_anything_is_loaded() {
     let generate = ["generate", "-m", arg, "-p", "x", "--dtype", "f32", "-n"];
     assert_refused(&[&generate[..], &["1900000"]].concat(), &["not enough memory", "KV cache 12", "would be left"]);
     stdout(moge(&[&generate[..], &["3"]].concat()));
+}
+
+#[cfg(unix)]
+#[test]
+fn what_is_no_file_is_refused_by_name_and_not_waited_for() {
+    let model = Synthetic::new("qwen3");
+    let names =
+        ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors"];
+    for name in names {
+        let (file, kept) = (model.path().join(name), model.path().join("kept"));
+        std::fs::rename(&file, &kept).unwrap();
+        for (target, problem) in [("/dev/zero", "not a regular file"), ("absent", "a link that leads nowhere")] {
+            std::os::unix::fs::symlink(target, &file).unwrap();
+            assert_refused(&["generate", "-m", &model.arg(), "-p", "x"], &[&format!("{name}: {problem}")]);
+            std::fs::remove_file(&file).unwrap();
+        }
+        std::fs::write(&file, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n").unwrap();
+        assert_refused(&["generate", "-m", &model.arg(), "-p", "x"], &[name, "git lfs pull"]);
+        std::fs::rename(&kept, &file).unwrap();
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_the_program_without_a_word() {
+    let model = Synthetic::new("pangu-pro-moe");
+    let arg = model.arg();
+    let commands: [&[&str]; 6] = [
+        &["inspect", &arg],
+        &["tokenize", "-m", &arg, "x"],
+        &["completions", "bash"],
+        &["generate", "-m", &arg, "-p", "x", "--ignore-eos"],
+        &["generate", "-m", &arg, "-p", "x", "--format", "json"],
+        &["chat", "-m", &arg, "-n", "50", "x"],
+    ];
+    for args in commands {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_moge")).args(args).stdin(Stdio::null()).stdout(writer).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            output.status.success() && !stderr.contains("error") && !stderr.contains("panicked"),
+            "{args:?} {stderr}"
+        );
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! `moge chat`: one answer, or a conversation.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -12,6 +12,7 @@ use moge_model::{ChatTemplate, Prefix, Thinking, TokenId, Tokenizer, thinking_to
 use rustyline::error::ReadlineError;
 
 use crate::conversation::Conversation;
+use crate::output::{is_reader_gone, one_line, print, print_line, say, say_line};
 use crate::session::{ModelArgs, SamplingArgs};
 use crate::thinking::{Part, ThinkingSplitter};
 
@@ -126,7 +127,7 @@ impl Chat<'_> {
     fn converse(&mut self) -> Result<()> {
         let mut editor = rustyline::DefaultEditor::new().context("terminal")?;
         if std::io::stdout().is_terminal() {
-            eprintln!("/help lists the commands.");
+            say_line("/help lists the commands.");
         }
         while let Some(text) = read_message(&mut editor)? {
             let text = text.trim();
@@ -141,7 +142,10 @@ impl Chat<'_> {
             if let Some(command) = text.strip_prefix('/') {
                 self.command(command);
             } else if let Err(error) = self.answer(text) {
-                eprintln!("error: {error:#}");
+                if is_reader_gone(&error) {
+                    return Err(error);
+                }
+                say_line(format_args!("error: {}", one_line(&error)));
             }
         }
         Ok(())
@@ -150,14 +154,14 @@ impl Chat<'_> {
     fn command(&mut self, command: &str) {
         let (name, argument) = command.split_once(char::is_whitespace).unwrap_or((command, ""));
         match (name, argument.trim()) {
-            ("help", _) => eprintln!("{HELP}"),
+            ("help", _) => say_line(HELP),
             ("reset", _) => self.conversation.reset(),
             ("system", text) => self.conversation.set_system(text),
             ("think", "on") => self.conversation.thinking = Thinking::On,
             ("think", "off") => self.conversation.thinking = Thinking::Off,
-            ("think", _) => eprintln!("/think on, or /think off"),
+            ("think", _) => say_line("/think on, or /think off"),
             ("stats", _) => self.print_stats(),
-            _ => eprintln!("/{name} is unknown; /help lists the commands"),
+            _ => say_line(format_args!("/{name} is unknown; /help lists the commands")),
         }
     }
 
@@ -224,16 +228,16 @@ impl Chat<'_> {
 
     fn print_stats(&self) {
         let Some(stats) = &self.stats else {
-            eprintln!("no answer yet");
+            say_line("no answer yet");
             return;
         };
         let Stats { prompt_tokens, prefill_time, answer_tokens, decode_time } = *stats;
         let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
         // The first token of the answer comes out of the prefill.
         let decoded = answer_tokens.saturating_sub(1);
-        eprintln!("prompt  {prompt_tokens} tokens, {:.1} tokens/s", rate(prompt_tokens, prefill_time));
-        eprintln!("answer  {answer_tokens} tokens, {:.1} tokens/s", rate(decoded, decode_time));
-        eprintln!("context {} of {} tokens", prompt_tokens + answer_tokens, self.context);
+        say_line(format_args!("prompt  {prompt_tokens} tokens, {:.1} tokens/s", rate(prompt_tokens, prefill_time)));
+        say_line(format_args!("answer  {answer_tokens} tokens, {:.1} tokens/s", rate(decoded, decode_time)));
+        say_line(format_args!("context {} of {} tokens", prompt_tokens + answer_tokens, self.context));
     }
 }
 
@@ -252,7 +256,7 @@ fn read_message(editor: &mut rustyline::DefaultEditor) -> Result<Option<String>>
             },
             Err(ReadlineError::Interrupted) => {
                 message.clear();
-                eprintln!("(Ctrl-D or /exit leaves)");
+                say_line("(Ctrl-D or /exit leaves)");
             }
             Err(ReadlineError::Eof) => return Ok(None),
             Err(error) => return Err(error).context("standard input"),
@@ -286,25 +290,25 @@ impl<'a> Printer<'a> {
             self.answer += text;
             if !text.is_empty() && self.dimmed {
                 self.dimmed = false;
-                println!("\x1b[0m");
+                print("\x1b[0m\n")?;
             }
-            print!("{text}");
+            print(text)?;
         } else if self.terminal {
             if !text.is_empty() && !self.dimmed {
                 self.dimmed = true;
-                print!("\x1b[2m");
+                print("\x1b[2m")?;
             }
-            print!("{text}");
+            print(text)?;
         } else {
-            eprint!("{text}");
+            say(text);
         }
-        Ok(std::io::stdout().flush()?)
+        Ok(())
     }
 
     fn finish(mut self) -> Result<String> {
         let (part, text) = self.splitter.finish();
         self.print(part, &text)?;
-        println!("{}", if self.dimmed { "\x1b[0m" } else { "" });
+        print_line(if self.dimmed { "\x1b[0m" } else { "" })?;
         Ok(self.answer)
     }
 }

@@ -1,7 +1,7 @@
 //! `moge generate`: continue one prompt, or a file of them in one batch.
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use moge_model::{Prefix, TokenId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::output::{print, print_line};
 use crate::session::{Frontend, ModelArgs, SamplingArgs};
 
 /// Continue a prompt
@@ -99,11 +100,10 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let mut progress = Progress::new(text_only);
     let generations = generate(&mut engine, prompts, &params, &mut progress)?;
     if text_only {
-        println!();
-        return Ok(());
+        return print_line("");
     }
     for generation in &generations {
-        println!("{}", generation.to_json(&frontend, &progress, load_time));
+        print_line(generation.to_json(&frontend, &progress, load_time))?;
     }
     Ok(())
 }
@@ -214,7 +214,6 @@ fn generate(
             prompt_logprobs: None,
         });
     }
-    let mut stdout = std::io::stdout().lock();
     while engine.has_unfinished() {
         let start = Instant::now();
         let outputs = engine.step();
@@ -224,8 +223,7 @@ fn generate(
             generation.sampled.extend(output.sampled);
             generation.text += &output.text;
             if progress.show_text {
-                stdout.write_all(output.text.as_bytes())?;
-                stdout.flush()?;
+                print(&output.text)?;
             }
             if output.prompt_logprobs.is_some() {
                 generation.prompt_logprobs = output.prompt_logprobs;

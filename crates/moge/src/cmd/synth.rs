@@ -9,7 +9,7 @@ use moge_kernels::Dtype;
 use moge_model::Architecture;
 use moge_model::synth::{PRESETS, Preset, SynthConfig, SynthMlp, write_checkpoint};
 
-use crate::progress;
+use crate::{output, progress};
 
 /// Room left for tokenizer files and headers when free disk space is checked, in bytes.
 const OTHER_FILES_BYTES: u64 = 64_000_000;
@@ -100,8 +100,8 @@ pub(crate) fn run(args: &SynthArgs) -> Result<()> {
     write_checkpoint(&args.dir, &config, &mut |written, total| progress::set(&bar, written, total))?;
     bar.finish_and_clear();
     let num_parameters = weight_bytes / config.dtype.size_bytes() as u64;
-    println!("{}: {num_parameters} parameters, {}", args.dir.display(), DecimalBytes(weight_bytes));
-    Ok(())
+    let (dir, size) = (args.dir.display(), DecimalBytes(weight_bytes));
+    output::print_line(format_args!("{dir}: {num_parameters} parameters, {size}"))
 }
 
 impl SynthArgs {

@@ -9,6 +9,7 @@ use moge_model::{Prefix, TokenId, Tokenizer};
 use serde_json::json;
 
 use crate::conversation::Conversation;
+use crate::output;
 use crate::session::Frontend;
 
 /// Turn text into token ids, or ids into text; prints JSON
@@ -36,8 +37,7 @@ pub(crate) fn run(args: &TokenizeArgs) -> Result<()> {
     if let Some(ids) = &args.decode {
         let tokenizer = Tokenizer::load(&args.model)?;
         let ids: Vec<TokenId> = ids.iter().copied().map(TokenId).collect();
-        println!("{}", json!({ "text": tokenizer.decode(&ids) }));
-        return Ok(());
+        return output::print_line(json!({ "text": tokenizer.decode(&ids) }));
     }
     let prefix = if args.no_bos { Prefix::Omit } else { Prefix::Add };
     let (tokenizer, text) = match &args.chat {
@@ -53,8 +53,7 @@ pub(crate) fn run(args: &TokenizeArgs) -> Result<()> {
     };
     let ids = tokenizer.encode(&text, prefix)?;
     let pieces: Vec<String> = ids.iter().map(|&id| tokenizer.piece(id)).collect();
-    println!("{}", json!({ "ids": ids, "pieces": pieces }));
-    Ok(())
+    output::print_line(json!({ "ids": ids, "pieces": pieces }))
 }
 
 fn read_stdin() -> Result<String> {
