@@ -5,6 +5,7 @@
 
 mod cmd;
 mod conversation;
+mod input;
 mod memory;
 mod output;
 mod progress;
@@ -24,10 +25,10 @@ struct Cli {
     #[command(subcommand)]
     command: Command,
     /// Say more on standard error: -v what is being done, -vv details
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(short, long, global = true, display_order = 100, action = clap::ArgAction::Count)]
     verbose: u8,
     /// Say nothing on standard error but errors
-    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    #[arg(short, long, global = true, display_order = 100, conflicts_with = "verbose")]
     quiet: bool,
 }
 

@@ -1,6 +1,5 @@
 //! A model ready to answer: what `generate` and `chat` share.
 
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,17 +27,13 @@ const MAX_RUNNING: usize = 64;
 
 /// Which model, and how it runs.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
-    /// Directory of the checkpoint: config.json, safetensors, tokenizer
-    #[arg(short, long, value_name = "DIR", required_unless_present = "synthetic")]
-    model: Option<PathBuf>,
-    /// Instead of --model: a random Pangu Pro MoE, made for this run in a temporary folder, of a preset's sizes
-    /// (`moge synth --help` lists them)
-    #[arg(long, value_name = "PRESET", conflicts_with = "model")]
-    synthetic: Option<String>,
-    /// Worker threads [default: the processors this process may use]
-    #[arg(long, value_name = "N")]
-    pub(crate) threads: Option<NonZeroUsize>,
+    #[command(flatten)]
+    source: ModelSource,
+    /// Worker threads, at most 1024 [default: the processors this process may use]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
     /// Precision of activations and KV cache; auto takes bf16 for bf16 checkpoints, f32 for others
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) dtype: DtypeArg,
@@ -48,6 +43,19 @@ pub(crate) struct ModelArgs {
     /// Run even if the weights do not fit into memory: they are read from disk again and again
     #[arg(long)]
     pub(crate) allow_paging: bool,
+}
+
+/// Where the checkpoint comes from.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct ModelSource {
+    /// Directory of the checkpoint: config.json, safetensors, tokenizer
+    #[arg(short, long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Instead of --model: a random Pangu Pro MoE, made for this run in a temporary folder, of a preset's sizes
+    /// (`moge synth --help` lists them)
+    #[arg(long, value_name = "PRESET")]
+    synthetic: Option<String>,
 }
 
 /// Precision of activations and KV cache.
@@ -72,10 +80,10 @@ pub(crate) enum LoadArg {
 
 /// How to sample. What is not given comes from the checkpoint's `generation_config.json`, else greedy.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Sampling")]
+#[command(next_help_heading = "Sampling (defaults: the checkpoint's generation_config.json, else greedy)")]
 pub(crate) struct SamplingArgs {
     /// Divides the logits; 0 takes the most likely token
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f64>,
     /// Keep the K most likely tokens; 0 keeps all
     #[arg(long, value_name = "K")]
@@ -89,30 +97,37 @@ pub(crate) struct SamplingArgs {
     /// Divides the logits of tokens that have occurred; 1 is off
     #[arg(long, value_name = "X")]
     repetition_penalty: Option<f64>,
-    /// Subtracted from the logits of tokens in the output
+    /// Subtracted from the logits of tokens in the output, from -2 to 2
     #[arg(long, value_name = "X", allow_hyphen_values = true)]
     presence_penalty: Option<f64>,
-    /// Subtracted for each time that a token is in the output
+    /// Subtracted for each time that a token is in the output, from -2 to 2
     #[arg(long, value_name = "X", allow_hyphen_values = true)]
     frequency_penalty: Option<f64>,
-    /// Added to a token's logit, as ID=VALUE; may be given several times
+    /// Added to a token's logit, from -100 to 100; may be given several times
     #[arg(long, value_name = "ID=VALUE", value_parser = parse_logit_bias)]
     logit_bias: Vec<(TokenId, f64)>,
-    /// The same seed gives the same tokens, whatever else runs and on how many threads
+    /// The same seed gives the same tokens, whatever else runs and on how many threads [default: 0; chat takes a new
+    /// one for every answer]
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
     /// Stop before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
-    /// Stop at these token ids
-    #[arg(long, value_name = "ID,ID", value_delimiter = ',')]
-    stop_token_ids: Vec<u32>,
+    /// Stop at these token ids too
+    #[arg(long, value_name = "ID,ID", value_delimiter = ',', value_parser = parse_token_id)]
+    stop_token_ids: Vec<TokenId>,
     /// Do not stop before N tokens
     #[arg(long, value_name = "N", default_value_t = 0)]
     min_tokens: usize,
     /// Go on after an end-of-sequence token
     #[arg(long)]
     ignore_eos: bool,
+}
+
+/// A token id as the command line has it, perhaps with spaces around it.
+pub(crate) fn parse_token_id(text: &str) -> Result<TokenId, String> {
+    let id = text.trim().parse().map_err(|_| format!("a token id is a whole number from 0 to {}", u32::MAX));
+    id.map(TokenId)
 }
 
 fn parse_logit_bias(text: &str) -> Result<(TokenId, f64), String> {
@@ -145,7 +160,7 @@ impl SamplingArgs {
             logit_bias: self.logit_bias.iter().copied().collect(),
             seed: self.seed.unwrap_or(seed),
             stop: self.stop.clone(),
-            stop_token_ids: self.stop_token_ids.iter().copied().map(TokenId).collect(),
+            stop_token_ids: self.stop_token_ids.clone(),
             min_tokens: self.min_tokens,
             ignore_eos: self.ignore_eos,
             ..SamplingParams::default()
@@ -156,8 +171,8 @@ impl SamplingArgs {
 impl ModelArgs {
     /// Read the small files of the checkpoint, made first if it is to be synthetic.
     pub(crate) fn open(&self) -> Result<Frontend> {
-        let Some(preset) = &self.synthetic else {
-            return Frontend::open(self.model.as_deref().unwrap_or(Path::new(".")));
+        let Some(preset) = &self.source.synthetic else {
+            return Frontend::open(self.source.model.as_deref().unwrap_or(Path::new(".")));
         };
         let preset = find_preset(Some(Architecture::PanguProMoe), preset)?;
         let folder = tempfile::Builder::new().prefix("moge-").tempdir().context("temporary folder")?;
@@ -229,7 +244,7 @@ impl Frontend {
             (DtypeArg::Bf16, _) | (DtypeArg::Auto, Dtype::Bf16) => ActivationType::Bf16,
         };
         let isa = Isa::select()?;
-        let num_threads = args.threads.map_or_else(available_threads, NonZeroUsize::get);
+        let num_threads = args.threads.map_or_else(available_threads, usize::from);
         let max_running = sequence_tokens.len().clamp(1, MAX_RUNNING);
         let total_tokens: usize = sequence_tokens.iter().sum();
         let mut config = EngineConfig {

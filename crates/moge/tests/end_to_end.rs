@@ -269,7 +269,10 @@ fn bad_prompts_and_parameters_are_refused_by_name() {
     };
     generate(&[], &["--prompt"]);
     generate(&["--tokens", "1,99999"], &["token 99999 at index 1", "vocabulary size 512"]);
-    generate(&["--tokens", ""], &["invalid value"]);
+    generate(&["--tokens", ""], &["invalid value", "a token id is a whole number from 0 to 4294967295"]);
+    generate(&["--tokens", "-1"], &["invalid value '-1' for '--tokens"]);
+    generate(&["-p", "x", "--temperature", "-1"], &["temperature: -1"]);
+    generate(&["-p", "x", "--threads", "1025"], &["1025 is not in 1..=1024"]);
     generate(&["-p", "x", "--top-p", "1.5"], &["top_p: 1.5"]);
     generate(&["-p", "x", "--logit-bias", "7"], &["ID=VALUE"]);
     generate(&["-p", "x", "--logprobs", "3"], &["--format json"]);
@@ -280,6 +283,45 @@ fn bad_prompts_and_parameters_are_refused_by_name() {
     assert_refused(&["generate", "-m", &model.arg(), "--tokens", &long], &["1024 tokens", "at most 1023"]);
     let empty = Synthetic::new("qwen3");
     assert_refused(&["generate", "-m", &empty.arg(), "-p", ""], &["prompt: it has no token"]);
+}
+
+#[test]
+fn spaces_between_token_ids_do_not_matter() {
+    let model = Synthetic::new("glm4");
+    let answer = json_of(moge(&["generate", "-m", &model.arg(), "--tokens", "5, 6 ,7", "-n", "1", "--format", "json"]));
+    assert_eq!(answer["prompt_tokens"], json!([5, 6, 7]));
+    let decode = |ids: &str| stdout(moge(&["tokenize", "-m", &model.arg(), "--decode", ids]));
+    assert_eq!(decode("65, 66"), decode("65,66"));
+}
+
+#[test]
+fn files_from_other_systems_are_read_or_refused_with_the_place() {
+    let model = Synthetic::new("qwen3");
+    let file = model.path().join("file");
+    let name = file.to_str().unwrap();
+    let generate = ["generate", "-m", &model.arg(), "-n", "1", "--format", "json"];
+    std::fs::write(&file, b"ab\r\n").unwrap();
+    let prompt = json_of(moge(&[&generate[..], &["--prompt-file", name]].concat()))["prompt_tokens"].clone();
+    assert_eq!(prompt, json_of(moge(&[&generate[..], &["-p", "ab\r\n"]].concat()))["prompt_tokens"]);
+    std::fs::write(&file, b"ab\xffc").unwrap();
+    assert_refused(&[&generate[..], &["--prompt-file", name]].concat(), &["file: not UTF-8 at byte 2"]);
+    std::fs::write(&file, "\u{feff}{\"tokens\": [7]}\r\n").unwrap();
+    assert_eq!(json_of(moge(&[&generate[..], &["--input", name]].concat()))["prompt_tokens"], json!([7]));
+    let tokenize = ["tokenize", "-m", &model.arg(), "--chat", name];
+    std::fs::write(&file, "\u{feff}[{\"role\": \"user\", \"content\": \"x\"}]").unwrap();
+    stdout(moge(&tokenize));
+    std::fs::write(&file, "[{\"role\": \"user\", \"content\": 5}]").unwrap();
+    assert_refused(&tokenize, &["file: messages[0]: `content` must be a string"]);
+}
+
+#[test]
+fn a_full_context_is_said() {
+    let model = Synthetic::new("qwen3");
+    let chat = ["chat", "-m", &model.arg(), "--ignore-eos", "--context", "40"];
+    let output = moge(&[&chat[..], &["hi"]].concat());
+    assert!(output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("the context of 40 tokens is full"));
+    assert_refused(&[&chat[..], &[&"long ".repeat(40)]].concat(), &["the context 40", "no room for an answer"]);
 }
 
 #[test]

@@ -24,10 +24,11 @@ const HELP: &str = "/reset          forget the conversation, keep the system mes
 A line that ends in \\ goes on in the next. Ctrl-C stops an answer.";
 
 /// Talk with the model
+///
+/// On a terminal the model's thinking is dimmed; else it goes to standard error, the answer to standard output.
 #[derive(Debug, Args)]
+#[command(after_help = format!("In a conversation:\n{HELP}"))]
 pub(crate) struct ChatArgs {
-    #[command(flatten)]
-    model: ModelArgs,
     /// Answer this and leave [default: a conversation]
     message: Option<String>,
     /// System message
@@ -42,6 +43,8 @@ pub(crate) struct ChatArgs {
     /// Tokens of the whole conversation at the most: the KV cache has this size
     #[arg(long, value_name = "N", default_value_t = 8192)]
     context: usize,
+    #[command(flatten)]
+    model: ModelArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
 }
@@ -180,7 +183,10 @@ impl Chat<'_> {
         let prompt = self.tokenizer.encode(&self.conversation.prompt(&self.template)?, Prefix::Add)?;
         if prompt.len() >= self.context {
             let (used, context) = (prompt.len(), self.context);
-            bail!("the conversation has {used} tokens and --context allows {context}; /reset forgets it");
+            bail!(
+                "the conversation has {used} tokens and the context {context} (--context, at most what the model \
+                 allows): no room for an answer; /reset forgets the conversation"
+            );
         }
         let max_tokens = self.max_tokens.min(self.context - prompt.len());
         let mut sampling = SamplingParams { max_tokens: Some(max_tokens), ..self.params.clone() };
@@ -222,6 +228,10 @@ impl Chat<'_> {
         let answer = printer.finish()?;
         match finish_reason {
             Some(FinishReason::NoFiniteLogit) => bail!("the model's logits are not numbers"),
+            Some(FinishReason::Length) if max_tokens < self.max_tokens => {
+                tracing::warn!("the answer stops where the context of {} tokens is full", self.context);
+                Ok((answer, FinishReason::Length))
+            }
             reason => Ok((answer, reason.unwrap_or(FinishReason::Stop))),
         }
     }

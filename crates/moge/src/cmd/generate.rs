@@ -12,22 +12,19 @@ use moge_model::{Prefix, TokenId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::input::{read_text_file, without_byte_order_mark};
 use crate::output::{print, print_line};
-use crate::session::{Frontend, ModelArgs, SamplingArgs};
+use crate::session::{Frontend, ModelArgs, SamplingArgs, parse_token_id};
 
 /// Continue a prompt
 #[derive(Debug, Args)]
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
     source: PromptSource,
     /// Tokens to generate at the most
     #[arg(short = 'n', long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
-    #[command(flatten)]
-    sampling: SamplingArgs,
-    /// Report each token's log-probability and the K most likely ones (with --format json)
+    /// Report each token's log-probability and the K most likely ones, at most 128 (with --format json or --input)
     #[arg(long, value_name = "K")]
     logprobs: Option<usize>,
     /// The same for the tokens of the prompt
@@ -36,6 +33,10 @@ pub(crate) struct GenerateArgs {
     /// What to print; --input always prints JSON lines
     #[arg(long, value_enum, default_value = "text")]
     format: Format,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    sampling: SamplingArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -52,12 +53,18 @@ struct PromptSource {
     /// Text to continue
     #[arg(short, long, value_name = "TEXT")]
     prompt: Option<String>,
-    /// File with the text to continue
+    /// File with the text to continue, taken byte for byte
     #[arg(long, value_name = "FILE")]
     prompt_file: Option<PathBuf>,
     /// Token ids to continue, taken literally: nothing is added
-    #[arg(long, value_name = "ID,ID", value_delimiter = ',')]
-    tokens: Option<Vec<u32>>,
+    #[arg(
+        long,
+        value_name = "ID,ID",
+        value_delimiter = ',',
+        value_parser = parse_token_id,
+        allow_negative_numbers = true
+    )]
+    tokens: Option<Vec<TokenId>>,
     /// JSON lines, each {"prompt": TEXT} or {"tokens": [ID, ..]} with an optional "max_tokens": all run in one batch
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
@@ -127,8 +134,8 @@ fn prompts(args: &GenerateArgs, frontend: &Frontend) -> Result<Vec<Prompt>> {
     }
     let tokens = match (&source.prompt, &source.prompt_file, &source.tokens) {
         (Some(text), _, _) => encode(text)?,
-        (_, Some(file), _) => encode(&std::fs::read_to_string(file).with_context(|| file.display().to_string())?)?,
-        (_, _, Some(ids)) => ids.iter().copied().map(TokenId).collect(),
+        (_, Some(file), _) => encode(&read_text_file(file)?)?,
+        (_, _, Some(ids)) => ids.clone(),
         (None, None, None) => bail!("no prompt"),
     };
     Ok(vec![Prompt { tokens, max_tokens: args.max_tokens }])
@@ -140,10 +147,11 @@ fn read_input(file: &Path, max_tokens: usize, encode: impl Fn(&str) -> Result<Ve
     for (index, line) in reader.lines().enumerate() {
         let place = || format!("{}:{}", file.display(), index + 1);
         let line = line.with_context(place)?;
+        let line = without_byte_order_mark(&line);
         if line.trim().is_empty() {
             continue;
         }
-        let line: InputLine = serde_json::from_str(&line).with_context(place)?;
+        let line: InputLine = serde_json::from_str(line).with_context(place)?;
         let tokens = match (line.prompt, line.tokens) {
             (Some(text), None) => encode(&text).with_context(place)?,
             (None, Some(tokens)) => tokens,
