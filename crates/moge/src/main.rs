@@ -6,6 +6,7 @@
 mod cmd;
 mod conversation;
 mod input;
+mod interrupt;
 mod memory;
 mod output;
 mod progress;

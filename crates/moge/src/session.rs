@@ -15,7 +15,8 @@ use moge_model::{
 };
 use tempfile::TempDir;
 
-use crate::cmd::synth::find_preset;
+use crate::cmd::synth::{check_free_space, find_preset};
+use crate::interrupt::Interrupt;
 use crate::memory::{MemoryPlan, available_bytes};
 use crate::progress;
 
@@ -169,14 +170,23 @@ impl SamplingArgs {
 }
 
 impl ModelArgs {
-    /// Read the small files of the checkpoint, made first if it is to be synthetic.
-    pub(crate) fn open(&self) -> Result<Frontend> {
+    /// True if the checkpoint is to be made first.
+    pub(crate) fn is_synthetic(&self) -> bool {
+        self.source.synthetic.is_some()
+    }
+
+    /// Read the small files of the checkpoint, made first if it is to be synthetic; `interrupt` removes it again.
+    pub(crate) fn open(&self, interrupt: Option<&Interrupt>) -> Result<Frontend> {
         let Some(preset) = &self.source.synthetic else {
             return Frontend::open(self.source.model.as_deref().unwrap_or(Path::new(".")));
         };
         let preset = find_preset(Some(Architecture::PanguProMoe), preset)?;
         let folder = tempfile::Builder::new().prefix("moge-").tempdir().context("temporary folder")?;
+        if let Some(interrupt) = interrupt {
+            interrupt.remove_on_exit(folder.path());
+        }
         let dir = folder.path().join(preset.name);
+        check_free_space(&dir, preset.config.weight_bytes()?)?;
         let bar = progress::bytes("making");
         write_checkpoint(&dir, &preset.config, &mut |done, total| progress::set(&bar, done, total))?;
         bar.finish_and_clear();

@@ -314,6 +314,36 @@ fn files_from_other_systems_are_read_or_refused_with_the_place() {
     assert_refused(&tokenize, &["file: messages[0]: `content` must be a string"]);
 }
 
+/// Start a command that writes a large checkpoint, and press Ctrl-C once `begun` says that it writes.
+#[cfg(unix)]
+fn interrupt_once(mut command: Command, begun: impl Fn() -> bool) {
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    while !begun() {
+        assert!(child.try_wait().unwrap().is_none(), "the command ended before it could be interrupted");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_leaves_no_half_of_a_synthetic_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let num_entries = |path: &Path| std::fs::read_dir(path).map_or(0, Iterator::count);
+    let target = dir.path().join("m");
+    let mut synth = Command::new(env!("CARGO_BIN_EXE_moge"));
+    synth.args(["synth", target.to_str().unwrap(), "--preset", "qwen3-0.6b"]);
+    interrupt_once(synth, || num_entries(&target) > 0);
+    assert_eq!(num_entries(dir.path()), 0);
+    let mut generate = Command::new(env!("CARGO_BIN_EXE_moge"));
+    generate.args(["generate", "--synthetic", "small", "-p", "x", "-n", "100000", "--ignore-eos"]);
+    generate.env("TMPDIR", dir.path());
+    let folder = || std::fs::read_dir(dir.path()).unwrap().next().map(|entry| entry.unwrap().path());
+    interrupt_once(generate, || folder().is_some_and(|folder| num_entries(&folder) > 0));
+    assert_eq!(num_entries(dir.path()), 0);
+}
+
 #[test]
 fn a_full_context_is_said() {
     let model = Synthetic::new("qwen3");

@@ -2,7 +2,6 @@
 
 use std::io::IsTerminal;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
@@ -12,6 +11,7 @@ use moge_model::{ChatTemplate, Prefix, Thinking, TokenId, Tokenizer, thinking_to
 use rustyline::error::ReadlineError;
 
 use crate::conversation::Conversation;
+use crate::interrupt::Interrupt;
 use crate::output::{is_reader_gone, one_line, print, print_line, say, say_line};
 use crate::session::{ModelArgs, SamplingArgs};
 use crate::thinking::{Part, ThinkingSplitter};
@@ -66,7 +66,8 @@ impl From<Switch> for Thinking {
 
 /// Run `moge chat`.
 pub(crate) fn run(args: &ChatArgs) -> Result<()> {
-    let frontend = args.model.open()?;
+    let interrupt = Interrupt::install()?;
+    let frontend = args.model.open(Some(&interrupt))?;
     let tokenizer = Arc::clone(frontend.tokenizer()?);
     let template = frontend.chat_template()?;
     let params = args.sampling.params(&frontend.defaults, 0);
@@ -76,7 +77,6 @@ pub(crate) fn run(args: &ChatArgs) -> Result<()> {
     let mut conversation = Conversation::default();
     conversation.thinking = args.think.map_or(Thinking::Default, Thinking::from);
     conversation.set_system(args.system.as_deref().unwrap_or_default());
-    let interrupt = Interrupt::install()?;
     let max_tokens = args.max_tokens.unwrap_or(usize::MAX);
     let seed_is_given = args.sampling.seed_is_given();
     let mut chat = Chat {
@@ -96,7 +96,7 @@ pub(crate) fn run(args: &ChatArgs) -> Result<()> {
         Some(message) => {
             let finish_reason = chat.answer(message)?;
             if finish_reason == FinishReason::Cancelled {
-                std::process::exit(130);
+                chat.interrupt.leave();
             }
             Ok(())
         }
@@ -320,43 +320,5 @@ impl<'a> Printer<'a> {
         self.print(part, &text)?;
         print_line(if self.dimmed { "\x1b[0m" } else { "" })?;
         Ok(self.answer)
-    }
-}
-
-/// Ctrl-C: stops an answer while there is one, else the program.
-struct Interrupt {
-    answering: Arc<AtomicBool>,
-    requested: Arc<AtomicBool>,
-}
-
-impl Interrupt {
-    fn install() -> Result<Interrupt> {
-        let interrupt = Interrupt { answering: Arc::default(), requested: Arc::default() };
-        let (answering, requested) = (Arc::clone(&interrupt.answering), Arc::clone(&interrupt.requested));
-        ctrlc::set_handler(move || {
-            if !answering.load(Ordering::SeqCst) {
-                std::process::exit(130);
-            }
-            requested.store(true, Ordering::SeqCst);
-        })
-        .context("Ctrl-C")?;
-        Ok(interrupt)
-    }
-
-    /// An answer begins; it ends when the returned guard is dropped.
-    fn answering(&self) -> impl Drop + use<> {
-        struct Guard(Arc<AtomicBool>);
-        impl Drop for Guard {
-            fn drop(&mut self) {
-                self.0.store(false, Ordering::SeqCst);
-            }
-        }
-        self.requested.store(false, Ordering::SeqCst);
-        self.answering.store(true, Ordering::SeqCst);
-        Guard(Arc::clone(&self.answering))
-    }
-
-    fn requested(&self) -> bool {
-        self.requested.load(Ordering::SeqCst)
     }
 }

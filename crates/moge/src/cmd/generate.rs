@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::input::{read_text_file, without_byte_order_mark};
+use crate::interrupt::Interrupt;
 use crate::output::{print, print_line};
 use crate::session::{Frontend, ModelArgs, SamplingArgs, parse_token_id};
 
@@ -92,7 +93,9 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     if text_only && (args.logprobs.is_some() || args.prompt_logprobs.is_some()) {
         bail!("--logprobs and --prompt-logprobs need --format json");
     }
-    let frontend = args.model.open()?;
+    // Without files to remove, Ctrl-C may end the program as it ends any other.
+    let interrupt = args.model.is_synthetic().then(Interrupt::install).transpose()?;
+    let frontend = args.model.open(interrupt.as_ref())?;
     let params = SamplingParams {
         logprobs: args.logprobs,
         prompt_logprobs: args.prompt_logprobs,
