@@ -270,6 +270,8 @@ fn bad_prompts_and_parameters_are_refused_by_name() {
     generate(&[], &["--prompt"]);
     generate(&["--tokens", "1,99999"], &["token 99999 at index 1", "vocabulary size 512"]);
     generate(&["--tokens", ""], &["invalid value", "a token id is a whole number from 0 to 4294967295"]);
+    assert_refused(&["chat", "-m", &model.arg(), "-n", "0"], &["max_tokens: 0"]);
+    assert_refused(&["tokenize", "-m", &model.arg(), "--decode", "5,512"], &["--decode: 512", "below 512"]);
     generate(&["--tokens", "-1"], &["invalid value '-1' for '--tokens"]);
     generate(&["-p", "x", "--temperature", "-1"], &["temperature: -1"]);
     generate(&["-p", "x", "--threads", "1025"], &["1025 is not in 1..=1024"]);
@@ -342,6 +344,21 @@ fn ctrl_c_leaves_no_half_of_a_synthetic_checkpoint() {
     let folder = || std::fs::read_dir(dir.path()).unwrap().next().map(|entry| entry.unwrap().path());
     interrupt_once(generate, || folder().is_some_and(|folder| num_entries(&folder) > 0));
     assert_eq!(num_entries(dir.path()), 0);
+}
+
+#[test]
+fn over_a_pipe_thinking_is_lines_of_standard_error() {
+    let model = Synthetic::new("qwen3");
+    let chat = ["chat", "-m", &model.arg(), "-n", "12", "--ignore-eos", "hi"];
+    std::fs::write(model.path().join("chat_template.jinja"), "{{ messages[0].content }}<think>").unwrap();
+    let output = moge(&chat);
+    let thinking = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "\n");
+    assert!(thinking.trim().len() > 4 && thinking.ends_with('\n') && !thinking.contains('\x1b'), "{thinking:?}");
+    std::fs::write(model.path().join("chat_template.jinja"), "{{ messages[0].content }}<think></think>").unwrap();
+    let output = moge(&chat);
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+    assert!(output.stdout.len() > 4);
 }
 
 #[test]

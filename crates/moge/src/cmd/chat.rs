@@ -70,7 +70,7 @@ pub(crate) fn run(args: &ChatArgs) -> Result<()> {
     let frontend = args.model.open(Some(&interrupt))?;
     let tokenizer = Arc::clone(frontend.tokenizer()?);
     let template = frontend.chat_template()?;
-    let params = args.sampling.params(&frontend.defaults, 0);
+    let params = SamplingParams { max_tokens: args.max_tokens, ..args.sampling.params(&frontend.defaults, 0) };
     params.validate(frontend.config.vocab_size)?;
     let context = args.context.min(frontend.config.max_position_embeddings);
     let (engine, _) = frontend.load(&args.model, &[context])?;
@@ -274,18 +274,23 @@ fn read_message(editor: &mut rustyline::DefaultEditor) -> Result<Option<String>>
     }
 }
 
+/// What makes a terminal dim the text that follows, and what ends it.
+const DIM: &str = "\x1b[2m";
+const UNDIM: &str = "\x1b[0m";
+
 /// Writes thinking and answer where each belongs: both to a terminal, the thinking dimmed; else the thinking to
 /// standard error and the answer to standard output.
 struct Printer<'a> {
     splitter: ThinkingSplitter<'a>,
     answer: String,
     terminal: bool,
-    dimmed: bool,
+    /// Thinking has been written and its line has not ended.
+    in_thinking: bool,
 }
 
 impl<'a> Printer<'a> {
     fn new(splitter: ThinkingSplitter<'a>) -> Printer<'a> {
-        Printer { splitter, answer: String::new(), terminal: std::io::stdout().is_terminal(), dimmed: false }
+        Printer { splitter, answer: String::new(), terminal: std::io::stdout().is_terminal(), in_thinking: false }
     }
 
     fn push(&mut self, token: TokenId) -> Result<()> {
@@ -294,23 +299,37 @@ impl<'a> Printer<'a> {
     }
 
     fn print(&mut self, part: Part, text: &str) -> Result<()> {
-        if part == Part::Answer {
-            // What separates the answer from the thinking is no part of it.
-            let text = if self.answer.is_empty() { text.trim_start() } else { text };
-            self.answer += text;
-            if !text.is_empty() && self.dimmed {
-                self.dimmed = false;
-                print("\x1b[0m\n")?;
+        match part {
+            Part::Answer => {
+                // What separates the answer from the thinking is no part of it.
+                let text = if self.answer.is_empty() { text.trim_start() } else { text };
+                if !text.is_empty() {
+                    self.end_thinking()?;
+                }
+                self.answer += text;
+                print(text)?;
             }
-            print(text)?;
-        } else if self.terminal {
-            if !text.is_empty() && !self.dimmed {
-                self.dimmed = true;
-                print("\x1b[2m")?;
+            Part::Thinking if text.is_empty() => {}
+            Part::Thinking if self.terminal => {
+                print(format_args!("{}{text}", if self.in_thinking { "" } else { DIM }))?;
+                self.in_thinking = true;
             }
-            print(text)?;
-        } else {
-            say(text);
+            Part::Thinking => {
+                say(text);
+                self.in_thinking = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// The answer begins on a line of its own.
+    fn end_thinking(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.in_thinking) {
+            if self.terminal {
+                print(format_args!("{UNDIM}\n"))?;
+            } else {
+                say("\n");
+            }
         }
         Ok(())
     }
@@ -318,7 +337,11 @@ impl<'a> Printer<'a> {
     fn finish(mut self) -> Result<String> {
         let (part, text) = self.splitter.finish();
         self.print(part, &text)?;
-        print_line(if self.dimmed { "\x1b[0m" } else { "" })?;
+        let in_line = !(self.terminal && self.in_thinking);
+        self.end_thinking()?;
+        if in_line {
+            print_line("")?;
+        }
         Ok(self.answer)
     }
 }

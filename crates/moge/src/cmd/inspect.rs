@@ -242,6 +242,9 @@ impl fmt::Display for Report {
         for problem in &self.tensor_problems {
             writeln!(f, "  {problem}")?;
         }
+        if self.non_finite.as_ref().is_some_and(Vec::is_empty) {
+            writeln!(f, "data          no NaN, no infinity")?;
+        }
         for NonFiniteTensor { name, num_nan, num_infinite } in self.non_finite.iter().flatten() {
             writeln!(f, "  {name}: {num_nan} NaN, {num_infinite} infinite")?;
         }

@@ -1,10 +1,10 @@
 //! `moge tokenize`: text to token ids, and back.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
-use moge_model::{Prefix, TokenId, Tokenizer};
+use moge_model::{ModelConfig, Prefix, TokenId, Tokenizer};
 use serde_json::json;
 
 use crate::conversation::Conversation;
@@ -35,8 +35,7 @@ pub(crate) struct TokenizeArgs {
 /// Run `moge tokenize`.
 pub(crate) fn run(args: &TokenizeArgs) -> Result<()> {
     if let Some(ids) = &args.decode {
-        let tokenizer = Tokenizer::load(&args.model)?;
-        return output::print_line(json!({ "text": tokenizer.decode(ids) }));
+        return output::print_line(json!({ "text": decode(&args.model, ids)? }));
     }
     let prefix = if args.no_bos { Prefix::Omit } else { Prefix::Add };
     let (tokenizer, text) = match &args.chat {
@@ -54,4 +53,14 @@ pub(crate) fn run(args: &TokenizeArgs) -> Result<()> {
     let ids = tokenizer.encode(&text, prefix)?;
     let pieces: Vec<String> = ids.iter().map(|&id| tokenizer.piece(id)).collect();
     output::print_line(json!({ "ids": ids, "pieces": pieces }))
+}
+
+fn decode(dir: &Path, ids: &[TokenId]) -> Result<String> {
+    let tokenizer = Tokenizer::load(dir)?;
+    // A model may have ids to which its tokenizer gives no text. Where there is no model, the tokenizer decides.
+    let vocab_size = ModelConfig::load(dir).map_or(0, |config| config.vocab_size).max(tokenizer.vocab_size());
+    if let Some(id) = ids.iter().find(|id| id.0 as usize >= vocab_size) {
+        bail!("--decode: {} is no token id of this model; allowed: below {vocab_size}", id.0);
+    }
+    Ok(tokenizer.decode(ids))
 }
