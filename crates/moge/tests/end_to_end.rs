@@ -380,7 +380,8 @@ fn bad_lines_of_an_input_file_are_refused_with_their_number() {
         ("{\"prompt\": \"a\", \"tokens\": [1]}", "prompts.jsonl:2: exactly one"),
         ("{\"promt\": \"a\"}", "unknown field `promt`"),
         ("{\"tokens\": [-1]}", "prompts.jsonl:2"),
-        ("{\"tokens\": [5000]}", "token 5000"),
+        ("{\"tokens\": [5000]}", "prompts.jsonl:2: prompt: token 5000"),
+        ("{\"tokens\": [5], \"max_tokens\": 0}", "prompts.jsonl:2: max_tokens: 0"),
     ] {
         std::fs::write(&file, format!("{{\"prompt\": \"fine\"}}\n{line}\n")).unwrap();
         assert_refused(&["generate", "-m", &model.arg(), "--input", file.to_str().unwrap()], &[parts]);
@@ -482,6 +483,14 @@ fn a_reader_that_goes_away_ends_the_program_without_a_word() {
             "{args:?} {stderr}"
         );
     }
+}
+
+#[test]
+fn messages_have_colors_on_a_terminal_only() {
+    let model = Synthetic::new("qwen3");
+    let output = moge(&["-v", "generate", "-m", &model.arg(), "-p", "x", "-n", "1"]);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(stderr.contains("threads") && !stderr.contains('\x1b'), "{stderr:?}");
 }
 
 #[test]

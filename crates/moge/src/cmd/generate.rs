@@ -84,6 +84,8 @@ struct InputLine {
 struct Prompt {
     tokens: Vec<TokenId>,
     max_tokens: usize,
+    /// File and line where it stands, if it is one of many.
+    place: Option<String>,
 }
 
 /// Run `moge generate`.
@@ -120,11 +122,14 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
 
 /// Refuse before the weights are loaded what the engine would refuse after.
 fn check_prompts(prompts: &[Prompt], params: &SamplingParams, frontend: &Frontend) -> Result<()> {
-    params.validate(frontend.config.vocab_size)?;
-    for (index, prompt) in prompts.iter().enumerate() {
-        let request = Request { prompt: prompt.tokens.clone(), sampling: params.clone() };
+    for Prompt { tokens, max_tokens, place } in prompts {
+        let sampling = SamplingParams { max_tokens: Some(*max_tokens), ..params.clone() };
+        let request = Request { prompt: tokens.clone(), sampling };
         let checked = request.validate(frontend.config.vocab_size, frontend.config.max_position_embeddings);
-        checked.with_context(|| format!("prompt {}", index + 1))?;
+        match place {
+            Some(place) => checked.with_context(|| place.clone())?,
+            None => checked?,
+        }
     }
     Ok(())
 }
@@ -141,7 +146,7 @@ fn prompts(args: &GenerateArgs, frontend: &Frontend) -> Result<Vec<Prompt>> {
         (_, _, Some(ids)) => ids.clone(),
         (None, None, None) => bail!("no prompt"),
     };
-    Ok(vec![Prompt { tokens, max_tokens: args.max_tokens }])
+    Ok(vec![Prompt { tokens, max_tokens: args.max_tokens, place: None }])
 }
 
 fn read_input(file: &Path, max_tokens: usize, encode: impl Fn(&str) -> Result<Vec<TokenId>>) -> Result<Vec<Prompt>> {
@@ -160,7 +165,7 @@ fn read_input(file: &Path, max_tokens: usize, encode: impl Fn(&str) -> Result<Ve
             (None, Some(tokens)) => tokens,
             _ => bail!("{}: exactly one of \"prompt\" and \"tokens\" is needed", place()),
         };
-        prompts.push(Prompt { tokens, max_tokens: line.max_tokens.unwrap_or(max_tokens) });
+        prompts.push(Prompt { tokens, max_tokens: line.max_tokens.unwrap_or(max_tokens), place: Some(place()) });
     }
     if prompts.is_empty() {
         bail!("{}: no prompts", file.display());
@@ -213,7 +218,7 @@ fn generate(
 ) -> Result<Vec<Generation>> {
     let mut generations = Vec::with_capacity(prompts.len());
     let mut index_of: HashMap<SeqId, usize> = HashMap::new();
-    for Prompt { tokens, max_tokens } in prompts {
+    for Prompt { tokens, max_tokens, .. } in prompts {
         let sampling = SamplingParams { max_tokens: Some(max_tokens), ..params.clone() };
         let id = engine.add_request(Request { prompt: tokens.clone(), sampling })?;
         index_of.insert(id, generations.len());
