@@ -33,8 +33,7 @@ pub(crate) fn is_reader_gone(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| cause.downcast_ref().is_some_and(is_broken_pipe))
 }
 
-/// An error and its causes in one line. Many of our errors tell their cause themselves; it is not said twice. What comes
-/// from a checkpoint may hold line breaks and worse, which a terminal must not see.
+/// An error and its causes in one line. Many of our errors tell their cause themselves; it is not said twice.
 pub(crate) fn one_line(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain().map(ToString::to_string).filter(|cause| !cause.is_empty()) {
@@ -43,6 +42,12 @@ pub(crate) fn one_line(error: &anyhow::Error) -> String {
             text += &cause;
         }
     }
+    plain(&text)
+}
+
+/// A text with its control characters spelled out: what comes from a checkpoint may hold line breaks and worse, which a
+/// terminal must not see.
+pub(crate) fn plain(text: &str) -> String {
     let plain = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
     text.chars().map(plain).collect()
 }

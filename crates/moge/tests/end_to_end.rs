@@ -262,6 +262,18 @@ fn chat_answers_once_or_converses_over_a_pipe() {
 }
 
 #[test]
+fn a_script_of_messages_ends_at_its_first_error_and_its_last_message_needs_no_line_end() {
+    let model = Synthetic::new("qwen3");
+    let chat = ["chat", "-m", &model.arg(), "-n", "3", "--context", "60", "--temperature", "0"];
+    let answers = |script: &str| stdout(moge_with_input(&chat, script.as_bytes())).lines().count();
+    assert_eq!(answers("hello"), 1);
+    assert_eq!(answers("hello\\"), 1);
+    let output = moge_with_input(&chat, format!("{}\nhello\n", "long ".repeat(40)).as_bytes());
+    assert!(!output.status.success() && output.stdout.is_empty());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no room for an answer"));
+}
+
+#[test]
 fn bad_prompts_and_parameters_are_refused_by_name() {
     let model = Synthetic::new("pangu-pro-moe");
     let generate = |more: &[&'static str], parts: &[&str]| {
@@ -349,7 +361,7 @@ fn ctrl_c_leaves_no_half_of_a_synthetic_checkpoint() {
 #[test]
 fn over_a_pipe_thinking_is_lines_of_standard_error() {
     let model = Synthetic::new("qwen3");
-    let chat = ["chat", "-m", &model.arg(), "-n", "12", "--ignore-eos", "hi"];
+    let chat = ["chat", "-m", &model.arg(), "-n", "12", "--ignore-eos", "--temperature", "0", "hi"];
     std::fs::write(model.path().join("chat_template.jinja"), "{{ messages[0].content }}<think>").unwrap();
     let output = moge(&chat);
     let thinking = String::from_utf8(output.stderr).unwrap();

@@ -145,7 +145,8 @@ impl Chat<'_> {
             if let Some(command) = text.strip_prefix('/') {
                 self.command(command);
             } else if let Err(error) = self.answer(text) {
-                if is_reader_gone(&error) {
+                // Who types can go on after an error; a script cannot know of it.
+                if is_reader_gone(&error) || !std::io::stdin().is_terminal() {
                     return Err(error);
                 }
                 say_line(format_args!("error: {}", one_line(&error)));
@@ -268,7 +269,7 @@ fn read_message(editor: &mut rustyline::DefaultEditor) -> Result<Option<String>>
                 message.clear();
                 say_line("(Ctrl-D or /exit leaves)");
             }
-            Err(ReadlineError::Eof) => return Ok(None),
+            Err(ReadlineError::Eof) => return Ok((!message.is_empty()).then_some(message)),
             Err(error) => return Err(error).context("standard input"),
         }
     }

@@ -240,13 +240,13 @@ impl fmt::Display for Report {
             Some(bytes) => writeln!(f, "files         {} of weights", DecimalBytes(bytes))?,
         }
         for problem in &self.tensor_problems {
-            writeln!(f, "  {problem}")?;
+            writeln!(f, "  {}", output::plain(problem))?;
         }
         if self.non_finite.as_ref().is_some_and(Vec::is_empty) {
             writeln!(f, "data          no NaN, no infinity")?;
         }
         for NonFiniteTensor { name, num_nan, num_infinite } in self.non_finite.iter().flatten() {
-            writeln!(f, "  {name}: {num_nan} NaN, {num_infinite} infinite")?;
+            writeln!(f, "  {}: {num_nan} NaN, {num_infinite} infinite", output::plain(name))?;
         }
         Ok(())
     }
