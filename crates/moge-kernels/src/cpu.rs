@@ -29,23 +29,24 @@ impl std::fmt::Debug for Cpu {
     }
 }
 
-/// Threads that this process can run at once, by its affinity mask and its cgroup's quota.
+/// Threads that this process can run at once, by its affinity mask and its cgroup's quota; at most [`MAX_THREADS`].
 pub fn available_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
+    std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS)
 }
 
 impl Cpu {
-    /// Kernels for `isa` on `num_threads` threads: the calling one and workers that this starts. Each worker
-    /// is pinned to a CPU of its own if there are enough; the calling thread is not.
+    /// Kernels for `isa` on `num_threads` threads: the calling one and workers that this starts. If they take all CPUs
+    /// that the process may use, each worker is pinned to its own; the calling thread is not. With fewer, two processes
+    /// would pin theirs to the same ones.
     ///
     /// # Panics
-    /// If `num_threads` is 0 or above 4096, or if the system refuses a thread.
+    /// If `num_threads` is 0 or above [`MAX_THREADS`], or if the system refuses a thread.
     pub fn new(isa: Isa, num_threads: usize) -> Cpu {
         assert!((1..=MAX_THREADS).contains(&num_threads), "num_threads is {num_threads}, not 1 to {MAX_THREADS}");
         let cpus = allowed_cpus();
         let crowded = num_threads > available_threads();
         let pool = Pool::new(num_threads, crowded, move |worker| {
-            if num_threads <= cpus.len() {
+            if num_threads == cpus.len() {
                 pin_this_thread(cpus[worker]);
             }
         });

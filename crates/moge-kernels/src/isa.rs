@@ -79,10 +79,9 @@ impl Isa {
     /// # Errors
     /// If it names none of [`Isa::available`].
     pub fn select() -> Result<Isa, UnknownIsa> {
-        match std::env::var("MOGE_ISA") {
-            Ok(name) => Isa::named(&name).ok_or(UnknownIsa { name }),
-            Err(_) => Ok(Isa::best()),
-        }
+        let Some(name) = std::env::var_os("MOGE_ISA") else { return Ok(Isa::best()) };
+        let name = name.to_string_lossy();
+        Isa::named(&name).ok_or_else(|| UnknownIsa { name: name.into_owned() })
     }
 
     /// The ISA that every CPU has.

@@ -35,5 +35,6 @@ pub use embedding::embed;
 pub use gemm::{GroupedRows, gemm, grouped_gemm, grouped_swiglu};
 pub use isa::{Isa, UnknownIsa};
 pub use norm::{add, rms_norm, rms_norm_in_place, round_activations};
+pub use pool::MAX_THREADS;
 pub use rope::{RopeAngles, RopeHead, RopeLayout, rope, rope_angles, rope_inverse_frequencies};
 pub use softmax::softmax;

@@ -71,7 +71,7 @@ const NUM_SPINS: u32 = 0;
 #[cfg(loom)]
 const NUM_YIELDS: u32 = 1;
 
-/// Bits of [`Shared::state`]: workers inside the operator.
+/// Bits of [`Shared::state`]: workers inside the operator. They hold [`MAX_THREADS`].
 const INSIDE: u64 = 0xffff;
 /// Workers may join.
 const OPEN: u64 = 1 << 16;
@@ -80,8 +80,8 @@ const STOP: u64 = 1 << 17;
 /// The epoch is the upper half.
 const EPOCH_SHIFT: u32 = 32;
 
-/// Most threads of a pool: their count has 16 bits in [`Shared::state`].
-pub(crate) const MAX_THREADS: usize = 4096;
+/// Most threads of a [`crate::Cpu`], the calling one counted in.
+pub const MAX_THREADS: usize = 4096;
 
 /// One operator: `body(worker, chunk)` for each chunk below `num_chunks`.
 #[derive(Clone, Copy)]

@@ -6,8 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use safetensors::SafeTensors;
-use safetensors::tensor::Dtype as StoredDtype;
+use safetensors::tensor::{Dtype as StoredDtype, Metadata};
 use serde_json::Value;
 use thiserror::Error;
 
@@ -16,6 +15,9 @@ use crate::files;
 
 /// Bytes read by one thread at a time.
 const READ_CHUNK_BYTES: usize = 16 << 20;
+
+/// Longest header that is parsed, as in the library that writes them.
+const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// How the data of a checkpoint comes into memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -196,9 +198,9 @@ impl Checkpoint {
         mode: LoadMode,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Checkpoint, CheckpointError> {
-        let index = index_path(dir);
+        let index = dir.join(INDEX_NAME);
         let files = list_files(dir)?;
-        let total_bytes = Checkpoint::file_bytes(dir)?;
+        let total_bytes = bytes_of(dir, &files);
         let mut checkpoint = Checkpoint { dir: dir.to_owned(), tensors: BTreeMap::new(), shards: Vec::new() };
         let mut bytes_before = 0;
         for (file, listed) in &files {
@@ -218,7 +220,7 @@ impl Checkpoint {
     /// # Errors
     /// If there are no such files, or the index is wrong.
     pub fn file_bytes(dir: &Path) -> Result<u64, CheckpointError> {
-        Ok(list_files(dir)?.keys().map(|file| dir.join(file).metadata().map_or(0, |m| m.len())).sum())
+        Ok(bytes_of(dir, &list_files(dir)?))
     }
 
     /// The checkpoint's directory.
@@ -252,8 +254,9 @@ impl Checkpoint {
                 Ok(())
             };
             let parts = bytes.chunks(READ_CHUNK_BYTES);
-            let result: Result<(), std::convert::Infallible> =
-                each_part(parts, num_threads, touch, &|done| progress(bytes_before + done, total_bytes));
+            let result: Result<(), std::convert::Infallible> = each_part(parts, num_threads, touch, &|done| {
+                progress((bytes_before + done).min(total_bytes), total_bytes);
+            });
             let Ok(()) = result;
             bytes_before += bytes.len() as u64;
         }
@@ -272,13 +275,7 @@ impl Checkpoint {
             file_bytes: bytes.len() as u64,
             problem,
         };
-        let (header_len, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| bad_header(e.to_string()))?;
-        let data_start = 8 + header_len;
-        let data_len = metadata.data_len();
-        if data_start + data_len != bytes.len() {
-            let has = bytes.len() - data_start;
-            return Err(bad_header(format!("its header describes {data_len} bytes of data, it has {has}")));
-        }
+        let (data_start, metadata) = read_header(bytes).map_err(bad_header)?;
         for (name, info) in metadata.tensors() {
             if listed.is_some_and(|listed| !listed.contains(&name)) {
                 let problem = format!("is in {} and not listed", path.display());
@@ -304,12 +301,8 @@ impl Checkpoint {
 /// File name to the tensors that the index says it holds; `None` where there is no index.
 type Files = BTreeMap<String, Option<BTreeSet<String>>>;
 
-fn index_path(dir: &Path) -> PathBuf {
-    dir.join(INDEX_NAME)
-}
-
 fn list_files(dir: &Path) -> Result<Files, CheckpointError> {
-    let index = index_path(dir);
+    let index = dir.join(INDEX_NAME);
     if files::is_there(&index) {
         return read_index(&index);
     }
@@ -317,6 +310,30 @@ fn list_files(dir: &Path) -> Result<Files, CheckpointError> {
         return Err(CheckpointError::NoWeights { dir: dir.display().to_string() });
     }
     Ok(BTreeMap::from([(SINGLE_SHARD_NAME.to_owned(), None)]))
+}
+
+/// Bytes of `files`; one that cannot be asked counts nothing, opening it will tell.
+fn bytes_of(dir: &Path, files: &Files) -> u64 {
+    files.keys().map(|file| dir.join(file).metadata().map_or(0, |m| m.len())).sum()
+}
+
+/// Where the data of a safetensors file begins, and what its header says: tensors that follow one another without a
+/// gap and fill the rest of the file.
+fn read_header(bytes: &[u8]) -> Result<(usize, Metadata), String> {
+    let (length, rest) = bytes.split_first_chunk().ok_or("it is shorter than the length of a header")?;
+    let length = u64::from_le_bytes(*length);
+    let allowed = MAX_HEADER_BYTES.min(rest.len() as u64);
+    if length > allowed {
+        return Err(format!("it states a header of {length} bytes, it can have {allowed}"));
+    }
+    let (header, data) = rest.split_at(length as usize);
+    // Parsing checks each tensor against its shape, and that the first begins at 0 and each where the last one ends.
+    let metadata: Metadata = serde_json::from_slice(header).map_err(|e| format!("its header: {e}"))?;
+    if metadata.data_len() != data.len() {
+        let (described, found) = (metadata.data_len(), data.len());
+        return Err(format!("its header describes {described} bytes of data, it has {found}"));
+    }
+    Ok((bytes.len() - data.len(), metadata))
 }
 
 fn read_index(path: &Path) -> Result<Files, CheckpointError> {
@@ -334,11 +351,7 @@ fn read_index(path: &Path) -> Result<Files, CheckpointError> {
         let Some(shard) = plain else {
             return Err(bad(name, format!("{shard} is not a plain file name")));
         };
-        files
-            .entry(shard.to_owned())
-            .or_insert_with(|| Some(BTreeSet::new()))
-            .get_or_insert_default()
-            .insert(name.clone());
+        files.entry(shard.to_owned()).or_default().get_or_insert_default().insert(name.clone());
     }
     let dir = path.parent().unwrap_or(Path::new("."));
     for (shard, listed) in &files {

@@ -281,7 +281,12 @@ impl RawConfig<'_> {
     fn check(&self) -> Result<ModelConfig, ConfigError> {
         let architecture = self.architecture()?;
         self.refuse_unimplemented()?;
-        let pangu = matches!(architecture, Architecture::PanguProMoe | Architecture::PanguEmbedded);
+        // What the reference implementations take where a file states nothing.
+        let default_eps = match architecture {
+            Architecture::PanguProMoe | Architecture::PanguEmbedded => 1e-5,
+            Architecture::Qwen3 => 1e-6,
+            Architecture::Glm4 => 1.5625e-7,
+        };
         let (hidden_size, num_q_heads) = (self.size("hidden_size")?, self.size("num_attention_heads")?);
         let num_kv_heads = self.optional_size("num_key_value_heads")?.unwrap_or(num_q_heads);
         if !num_q_heads.is_multiple_of(num_kv_heads) {
@@ -298,7 +303,7 @@ impl RawConfig<'_> {
                 let bias = self.flag("attention_bias")?.unwrap_or(false);
                 (bias, bias)
             }
-            Architecture::Glm4 => (self.flag("attention_bias")?.unwrap_or(false), false),
+            Architecture::Glm4 => (self.flag("attention_bias")?.unwrap_or(true), false),
         };
         let mlp = match architecture {
             Architecture::PanguProMoe => MlpConfig::GroupedExperts(self.moe()?),
@@ -322,7 +327,7 @@ impl RawConfig<'_> {
             num_q_heads,
             num_kv_heads,
             head_dim,
-            rms_norm_eps: self.positive("rms_norm_eps")?.unwrap_or(if pangu { 1e-5 } else { 1e-6 }) as f32,
+            rms_norm_eps: self.positive("rms_norm_eps")?.unwrap_or(default_eps) as f32,
             rope: self.rope(architecture, head_dim)?,
             max_position_embeddings: self.size("max_position_embeddings")?,
             tie_word_embeddings: self.flag("tie_word_embeddings")?.unwrap_or(false),
@@ -387,6 +392,9 @@ impl RawConfig<'_> {
                 return Err(self.bad("num_attention_heads", problem));
             }
         };
+        if num_q_heads * head_dim > MAX_SIZE as usize {
+            return Err(self.bad("head_dim", format!("{num_q_heads} heads of {head_dim} are wider than {MAX_SIZE}")));
+        }
         if !head_dim.is_multiple_of(2) {
             return Err(self.bad("head_dim", format!("{head_dim} is odd; RoPE turns pairs")));
         }

@@ -13,15 +13,15 @@ pub struct GenerationDefaults {
     /// Whether to sample at all; not stated means no.
     pub do_sample: Option<bool>,
     /// Divides the logits; at least 0.
-    pub temperature: Option<f32>,
+    pub temperature: Option<f64>,
     /// How many of the most probable tokens are kept.
     pub top_k: Option<usize>,
     /// Probability of the tokens that are kept; in (0, 1].
-    pub top_p: Option<f32>,
+    pub top_p: Option<f64>,
     /// Least probability kept, as a share of the greatest; in [0, 1].
-    pub min_p: Option<f32>,
+    pub min_p: Option<f64>,
     /// Divides or multiplies the logits of tokens that have occurred; above 0.
-    pub repetition_penalty: Option<f32>,
+    pub repetition_penalty: Option<f64>,
     /// Tokens that end a sequence.
     pub eos_token_ids: Vec<TokenId>,
 }
@@ -90,7 +90,8 @@ impl GenerationDefaults {
         })
     }
 
-    /// Whether the authors want the most probable token each time; the other fields then have no effect.
+    /// Whether the authors want the most probable token each time; `temperature`, `top_k`, `top_p` and `min_p` then have
+    /// no effect.
     pub fn is_greedy(&self) -> bool {
         self.do_sample != Some(true)
     }
@@ -125,12 +126,9 @@ impl Fields<'_> {
         &self,
         field: &'static str,
         allowed: &'static str,
-        is_allowed: impl Fn(f32) -> bool,
-    ) -> Result<Option<f32>, GenerationDefaultsError> {
-        self.get(field, allowed, |value| {
-            let number = value.as_f64()? as f32;
-            (number.is_finite() && is_allowed(number)).then_some(number)
-        })
+        is_allowed: impl Fn(f64) -> bool,
+    ) -> Result<Option<f64>, GenerationDefaultsError> {
+        self.get(field, allowed, |value| value.as_f64().filter(|&number| is_allowed(number)))
     }
 }
 
@@ -182,7 +180,7 @@ mod tests {
             (r#"{"top_p": 0}"#, "top_p: 0 is not allowed; allowed: a number in (0, 1]"),
             (r#"{"top_k": -1}"#, "top_k: -1 is not allowed; allowed: a whole number from 0 on"),
             (r#"{"min_p": "x"}"#, "min_p: \"x\" is not allowed; allowed: a number in [0, 1]"),
-            (r#"{"repetition_penalty": 1e99}"#, "repetition_penalty: 1e+99 is not allowed; allowed: a number above 0"),
+            (r#"{"repetition_penalty": 0}"#, "repetition_penalty: 0 is not allowed; allowed: a number above 0"),
             (r#"{"eos_token_id": [1, 4294967296]}"#, "eos_token_id: [1,4294967296] is not allowed"),
             ("[]", "not a JSON object"),
         ] {

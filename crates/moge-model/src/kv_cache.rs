@@ -8,19 +8,13 @@ use crate::{BLOCK_SIZE, ModelConfig};
 #[derive(Debug)]
 pub struct KvCache {
     pub(crate) layers: Vec<PagedKv>,
-    num_blocks: usize,
 }
 
 impl KvCache {
     /// Room for `num_blocks` blocks. The system hands out the memory when it is first written.
     pub fn new(config: &ModelConfig, activation: ActivationType, num_blocks: usize) -> KvCache {
         let layer = |_| PagedKv::new(activation, num_blocks, BLOCK_SIZE, config.num_kv_heads, config.head_dim);
-        KvCache { layers: (0..config.num_layers).map(layer).collect(), num_blocks }
-    }
-
-    /// How many blocks there are.
-    pub fn num_blocks(&self) -> usize {
-        self.num_blocks
+        KvCache { layers: (0..config.num_layers).map(layer).collect() }
     }
 
     /// Bytes of one block over all layers.

@@ -63,8 +63,10 @@ impl Model {
     /// prompt is cut into chunks, or on the number of threads.
     ///
     /// # Panics
-    /// If `batch` is larger than `work`, names a token outside the vocabulary or a block outside `kv_cache`.
+    /// If `batch` is larger than `work`, names a token outside the vocabulary or a block outside `kv_cache`, or if
+    /// `kv_cache` is that of another network.
     pub fn forward(&self, cpu: &Cpu, batch: &Batch, kv_cache: &mut KvCache, work: &mut Workspace) {
+        assert_eq!(kv_cache.layers.len(), self.network.layers.len(), "layers of the KV cache and of the network");
         work.begin(batch, &self.inverse_frequencies);
         embed(cpu, &mut work.hidden, self.network.embedding.matrix(), &work.tokens);
         for (layer, kv) in self.network.layers.iter().zip(&mut kv_cache.layers) {

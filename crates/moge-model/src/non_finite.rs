@@ -13,7 +13,7 @@ pub struct NonFinite {
     pub num_infinite: u64,
 }
 
-/// Read all of `tensor` and count. Integer types hold only finite numbers.
+/// Read all of `tensor` and count. Only the types that a weight may have are looked at: f32, f16 and bf16.
 pub fn count_non_finite(tensor: &StoredTensor) -> NonFinite {
     let bytes = tensor.bytes();
     match tensor.dtype() {

@@ -44,7 +44,7 @@ pub fn route_token(isa: Isa, config: &MoeConfig, logits: &mut [f32], router_scal
 }
 
 /// The rows of a step sorted by expert, so that each expert's weights are read once. Reused from step to step.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Dispatch {
     /// Dispatched rows of expert `e` are `offsets[e]..offsets[e + 1]`; `[num_experts + 1]`.
     pub(crate) offsets: Vec<usize>,
@@ -57,6 +57,16 @@ pub(crate) struct Dispatch {
 }
 
 impl Dispatch {
+    /// Room for `num_choices` choices among `num_experts` experts.
+    pub(crate) fn with_capacity(num_choices: usize, num_experts: usize) -> Dispatch {
+        Dispatch {
+            offsets: Vec::with_capacity(num_experts + 1),
+            source_rows: Vec::with_capacity(num_choices),
+            slots: Vec::with_capacity(num_choices),
+            weights: Vec::with_capacity(num_choices),
+        }
+    }
+
     /// Sort `routes` `[num_rows, experts_per_token]` by expert; rows of one expert stay in order.
     pub(crate) fn sort(&mut self, config: &MoeConfig, routes: &[Route]) {
         self.offsets.clear();
@@ -133,13 +143,16 @@ mod tests {
         let route = |expert, weight| Route { expert: ExpertId(expert), weight };
         let config = MoeConfig { num_experts: 4, num_expert_groups: 1, top_k_per_group: 2, ..CONFIG };
         let routes = [route(3, 0.1), route(1, 0.2), route(1, 0.3), route(0, 0.4), route(3, 0.5), route(1, 0.6)];
-        let mut dispatch = Dispatch::default();
+        let mut dispatch = Dispatch::with_capacity(6, 4);
+        let capacities = |d: &Dispatch| (d.offsets.capacity(), d.source_rows.capacity(), d.slots.capacity());
+        let reserved = capacities(&dispatch);
         for _ in 0..2 {
             dispatch.sort(&config, &routes);
             assert_eq!(dispatch.offsets, [0, 1, 4, 4, 6]);
             assert_eq!(dispatch.source_rows, [1, 0, 1, 2, 0, 2]);
             assert_eq!(dispatch.slots, [4, 1, 2, 0, 5, 3]);
             assert_eq!(dispatch.weights, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]);
+            assert_eq!(capacities(&dispatch), reserved, "a step allocates nothing");
         }
     }
 }

@@ -137,7 +137,7 @@ impl Workspace {
             projected: rows(widths.hidden),
             router_logits: rows(widths.experts),
             routes: Vec::with_capacity(limits.max_rows * widths.experts_per_token),
-            dispatch: Dispatch::default(),
+            dispatch: Dispatch::with_capacity(limits.max_rows * widths.experts_per_token, widths.experts),
             inner: rows(widths.inner),
             expert_out: rows(widths.experts_per_token * widths.hidden),
             logits: Vec::with_capacity(limits.max_logit_rows * widths.vocab),

@@ -21,14 +21,27 @@ const BF16_LOGPROB_RMS_TOLERANCE: f32 = 0.012;
 /// bf16 activations against f32: the simulation itself is off by up to 0.136.
 const BF16_TO_F32_LOGPROB_TOLERANCE: f32 = 0.25;
 
+/// The largest difference of two numbers at the same place; NaN if one of them is NaN.
 fn max_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |max, d| if d.is_nan() { d } else { max.max(d) })
+    // Not `f32::max`, which loses NaN.
+    let larger = |max: f32, d: f32| if max.is_nan() || max >= d { max } else { d };
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, larger)
 }
 
 fn rms_difference(a: &[f32], b: &[f32]) -> f32 {
     let sum: f64 = a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum();
     (sum / a.len() as f64).sqrt() as f32
+}
+
+#[test]
+fn a_difference_that_is_no_number_is_not_lost_among_others() {
+    assert_eq!(max_difference(&[1.0, 5.0, 3.0], &[1.5, 3.0, 3.0]), 2.0);
+    for place in 0..3 {
+        let mut numbers = [1.0; 3];
+        numbers[place] = f32::NAN;
+        assert!(max_difference(&numbers, &[0.0; 3]).is_nan());
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use indicatif::DecimalBytes;
 
-/// What a run will hold in memory.
+/// What a run will hold in memory. A config may ask for more than 64 bits can count; sums stop there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MemoryPlan {
     /// The checkpoint's files.
@@ -19,13 +19,14 @@ pub(crate) struct MemoryPlan {
 
 impl MemoryPlan {
     fn total_bytes(self) -> u64 {
-        self.weight_bytes + self.kv_bytes + self.workspace_bytes
+        self.weight_bytes.saturating_add(self.kv_bytes).saturating_add(self.workspace_bytes)
     }
 
     /// Refuse a plan that does not fit into `available_bytes`. With `weights_may_page`, mapped weights that do not fit
     /// are read from disk again and again; the rest must fit all the same.
     pub(crate) fn check(self, available_bytes: u64, weights_may_page: bool) -> Result<()> {
-        let needed = if weights_may_page { self.kv_bytes + self.workspace_bytes } else { self.total_bytes() };
+        let resident = if weights_may_page { MemoryPlan { weight_bytes: 0, ..self } } else { self };
+        let needed = resident.total_bytes();
         if needed <= available_bytes {
             return Ok(());
         }

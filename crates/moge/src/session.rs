@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use indicatif::DecimalBytes;
 use moge_engine::{Engine, EngineConfig, SamplingParams};
 use moge_model::synth::write_checkpoint;
 use moge_model::{
     ActivationType, Architecture, BLOCK_SIZE, ChatTemplate, Checkpoint, Cpu, Dtype, GenerationDefaults, Isa, KvCache,
-    LoadMode, Model, ModelConfig, TokenId, Tokenizer, TokenizerError, Workspace, available_threads,
+    LoadMode, MAX_THREADS, Model, ModelConfig, TokenId, Tokenizer, TokenizerError, Workspace, available_threads,
 };
 use tempfile::TempDir;
 
@@ -32,9 +33,9 @@ const MAX_RUNNING: usize = 64;
 pub(crate) struct ModelArgs {
     #[command(flatten)]
     source: ModelSource,
-    /// Worker threads, at most 1024 [default: the processors this process may use]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
+    /// Worker threads, at most 4096 [default: the processors this process may use]
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_THREADS as u64))]
+    pub(crate) threads: Option<usize>,
     /// Precision of activations and KV cache; auto takes bf16 for bf16 checkpoints, f32 for others
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) dtype: DtypeArg,
@@ -148,14 +149,13 @@ impl SamplingArgs {
     /// Sampling parameters; `defaults` fill what the command line leaves open. Without a seed, `seed` is taken.
     pub(crate) fn params(&self, defaults: &GenerationDefaults, seed: u64) -> SamplingParams {
         // A file that does not ask for sampling states its temperature in vain.
-        let samples = defaults.do_sample == Some(true);
-        let default_temperature = if samples { defaults.temperature.map_or(1.0, f64::from) } else { 0.0 };
+        let default_temperature = if defaults.is_greedy() { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
         SamplingParams {
             temperature: self.temperature.unwrap_or(default_temperature),
             top_k: self.top_k.or(defaults.top_k),
-            top_p: self.top_p.or(defaults.top_p.map(f64::from)).unwrap_or(1.0),
-            min_p: self.min_p.or(defaults.min_p.map(f64::from)).unwrap_or(0.0),
-            repetition_penalty: self.repetition_penalty.or(defaults.repetition_penalty.map(f64::from)).unwrap_or(1.0),
+            top_p: self.top_p.or(defaults.top_p).unwrap_or(1.0),
+            min_p: self.min_p.or(defaults.min_p).unwrap_or(0.0),
+            repetition_penalty: self.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
             presence_penalty: self.presence_penalty.unwrap_or(0.0),
             frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
             logit_bias: self.logit_bias.iter().copied().collect(),
@@ -254,7 +254,7 @@ impl Frontend {
             (DtypeArg::Bf16, _) | (DtypeArg::Auto, Dtype::Bf16) => ActivationType::Bf16,
         };
         let isa = Isa::select()?;
-        let num_threads = args.threads.map_or_else(available_threads, usize::from);
+        let num_threads = args.threads.unwrap_or_else(available_threads);
         let max_running = sequence_tokens.len().clamp(1, MAX_RUNNING);
         let total_tokens: usize = sequence_tokens.iter().sum();
         let mut config = EngineConfig {
@@ -295,7 +295,11 @@ impl Frontend {
         let block_bytes = KvCache::block_bytes(&self.config, config.activation);
         let workspace_bytes = Workspace::bytes(&self.config, config.step_limits(&self.config, num_threads));
         let weight_bytes = Checkpoint::file_bytes(&self.dir)?;
-        let plan = |blocks: usize| MemoryPlan { weight_bytes, kv_bytes: blocks as u64 * block_bytes, workspace_bytes };
+        let plan = |blocks: usize| MemoryPlan {
+            weight_bytes,
+            kv_bytes: block_bytes.saturating_mul(blocks as u64),
+            workspace_bytes,
+        };
         let paging = args.allow_paging && args.load == LoadArg::Mmap;
         plan(least_blocks).check(available, paging).with_context(|| self.dir.display().to_string())?;
         let resident = if paging { workspace_bytes } else { weight_bytes + workspace_bytes };

@@ -286,7 +286,6 @@ fn bad_prompts_and_parameters_are_refused_by_name() {
     assert_refused(&["tokenize", "-m", &model.arg(), "--decode", "5,512"], &["--decode: 512", "below 512"]);
     generate(&["--tokens", "-1"], &["invalid value '-1' for '--tokens"]);
     generate(&["-p", "x", "--temperature", "-1"], &["temperature: -1"]);
-    generate(&["-p", "x", "--threads", "1025"], &["1025 is not in 1..=1024"]);
     generate(&["-p", "x", "--top-p", "1.5"], &["top_p: 1.5"]);
     generate(&["-p", "x", "--logit-bias", "7"], &["ID=VALUE"]);
     generate(&["-p", "x", "--logprobs", "3"], &["--format json"]);
@@ -510,4 +509,33 @@ fn completions_are_written_for_every_shell() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         assert!(stdout(moge(&["completions", shell])).contains("generate"));
     }
+}
+
+#[test]
+fn more_threads_than_can_be_and_a_config_of_the_largest_sizes_are_refused() {
+    for threads in ["0", "4097", "18446744073709551615"] {
+        let output = moge(&["generate", "-m", &golden("qwen3"), "--tokens", "5", "--threads", threads]);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(stderr.contains(&format!("{threads} is not in 1..=4096")), "{stderr}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = Path::new(&golden("qwen3")).join("model.safetensors");
+    std::fs::copy(checkpoint, dir.path().join("model.safetensors")).unwrap();
+    let config = std::fs::read(Path::new(&golden("qwen3")).join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    let sizes = ["vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"];
+    for size in sizes {
+        config[size] = json!(1 << 21);
+    }
+    for (field, value) in [
+        ("num_hidden_layers", 4096),
+        ("head_dim", 2),
+        ("num_attention_heads", 1 << 20),
+        ("num_key_value_heads", 1 << 20),
+    ] {
+        config[field] = json!(value);
+    }
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let dir = dir.path().to_str().unwrap();
+    assert_refused(&["generate", "-m", dir, "--tokens", "5", "-n", "3000000", "--threads", "4096"], &[dir]);
 }

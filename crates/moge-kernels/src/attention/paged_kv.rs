@@ -56,27 +56,12 @@ impl PagedKv {
         PagedKv { store, layout: Layout { num_blocks, block_size, num_kv_heads, head_dim } }
     }
 
-    /// Bytes of keys and values together.
-    pub fn bytes(&self) -> usize {
-        2 * self.keys().len() * self.keys().dtype().size_bytes()
-    }
-
     /// The precision of its numbers.
     pub fn activation(&self) -> ActivationType {
         match self.store {
             Store::F32 { .. } => ActivationType::F32,
             Store::Bf16 { .. } => ActivationType::Bf16,
         }
-    }
-
-    /// Number of blocks.
-    pub fn num_blocks(&self) -> usize {
-        self.layout.num_blocks
-    }
-
-    /// Tokens in a block.
-    pub fn block_size(&self) -> usize {
-        self.layout.block_size
     }
 
     /// Number of key/value heads.

@@ -1,6 +1,6 @@
 use super::{AttentionLimits, AttentionScratch, BlockId, PagedKv, SequenceRows, paged_attention};
 use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu};
-use crate::{ActivationType, Cpu, Isa, round_to_bf16};
+use crate::{ActivationType, Cpu, Elements, Isa, round_to_bf16};
 
 const NUM_BLOCKS: usize = 97;
 const BLOCK_SIZE: usize = 16;
@@ -196,11 +196,31 @@ fn what_lies_behind_a_row_or_in_another_sequence_does_not_reach_it() {
 }
 
 #[test]
-fn the_cache_takes_the_bytes_it_states_and_rounds_what_it_stores() {
-    let f32 = PagedKv::new(ActivationType::F32, 3, 5, 2, 7);
-    let bf16 = PagedKv::new(ActivationType::Bf16, 3, 5, 2, 7);
-    assert_eq!((f32.bytes(), bf16.bytes()), (2 * 210 * 4, 2 * 210 * 2));
-    assert_eq!((f32.activation(), bf16.activation()), (ActivationType::F32, ActivationType::Bf16));
+fn the_cache_stores_keys_and_values_rounded_at_the_place_of_their_token() {
+    let (num_blocks, block_size, num_heads, head_dim) = (3, 5, 2, 7);
+    let cpu = Cpu::new(Isa::best(), 2);
+    let mut numbers = Numbers::new(43);
+    let [k, v] = [0, 1].map(|_| numbers.vec(4 * num_heads * head_dim));
+    // Positions 3 and 4 are the last of block 2, positions 5 and 6 the first of block 0.
+    let rows = SequenceRows { num_rows: 4, first_position: 3, block_table: vec![BlockId(2), BlockId(0)] };
+    let places = [(2, 3), (2, 4), (0, 0), (0, 1)];
+    for activation in [ActivationType::F32, ActivationType::Bf16] {
+        let mut kv = PagedKv::new(activation, num_blocks, block_size, num_heads, head_dim);
+        kv.write(&cpu, &k, &v, std::slice::from_ref(&rows));
+        for (stored, x) in [(kv.keys(), &k), (kv.values(), &v)] {
+            let mut expected = vec![0.0; num_blocks * num_heads * block_size * head_dim];
+            for (i, &x) in x.iter().enumerate() {
+                let ((block, slot), head) = (places[i / head_dim / num_heads], i / head_dim % num_heads);
+                let start = ((block * num_heads + head) * block_size + slot) * head_dim;
+                expected[start + i % head_dim] = if activation == ActivationType::Bf16 { round_to_bf16(x) } else { x };
+            }
+            match stored {
+                Elements::F32(stored) => assert_eq!(stored, expected),
+                Elements::Bf16(stored) => assert!(stored.iter().map(|x| x.to_f32()).eq(expected)),
+                Elements::F16(_) => panic!("the cache holds no f16"),
+            }
+        }
+    }
 }
 
 #[test]

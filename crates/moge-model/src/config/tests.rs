@@ -68,6 +68,25 @@ fn fields_that_change_the_numbers_are_refused_by_name() {
 }
 
 #[test]
+fn every_field_on_the_list_is_refused_unless_neutral() {
+    for (field, neutral) in NEUTRAL {
+        assert_refused(
+            &with(field, serde_json::json!({"other": 1})),
+            &format!("{field}: {{\"other\":1}} is not implemented"),
+        );
+        let value = match neutral {
+            Neutral::Null => Value::Null,
+            Neutral::False => false.into(),
+            Neutral::Zero => 0.into(),
+            Neutral::One => 1.0.into(),
+            Neutral::Empty => Vec::<Value>::new().into(),
+            Neutral::Text(text) => (*text).into(),
+        };
+        parse(&with(field, value)).unwrap();
+    }
+}
+
+#[test]
 fn neutral_values_of_such_fields_are_accepted() {
     let mut config = with("sliding_window", 4096.into());
     config["use_sliding_window"] = false.into();
@@ -89,6 +108,7 @@ fn sizes_that_cannot_be_are_refused_with_field_value_and_range() {
     assert_refused(&with("num_experts_per_tok", 128.into()), "num_experts: 64 is not a multiple of the 128");
     assert_refused(&with("num_hidden_layers", 5000.into()), "num_hidden_layers: 5000 is more than 4096");
     assert_refused(&with("num_experts", 1_000_000.into()), "num_experts: 1000000 in 48 layers are more than 262144");
+    assert_refused(&with("head_dim", 100_000.into()), "head_dim: 40 heads of 100000 are wider than 2097152");
     assert_refused(&with("head_dim", 7.into()), "head_dim: 7 is odd");
     assert_refused(&with("rms_norm_eps", 0.into()), "rms_norm_eps: 0");
     assert_refused(&with("rms_norm_eps", 1e-60.into()), "rms_norm_eps");
@@ -110,6 +130,24 @@ fn missing_fields_and_other_files_are_named() {
 fn an_unknown_architecture_lists_what_is_supported() {
     let config = with("architectures", serde_json::json!(["LlamaForCausalLM"]));
     assert_refused(&config, "supported: PanguProMoEForCausalLM, PanguEmbeddedForCausalLM, Qwen3ForCausalLM, Glm4For");
+}
+
+#[test]
+fn a_field_that_is_not_stated_has_the_value_of_the_reference_implementation() {
+    for (architecture, eps, qkv_bias, o_bias) in [
+        (Architecture::PanguEmbedded, 1e-5, true, true),
+        (Architecture::Qwen3, 1e-6, false, false),
+        (Architecture::Glm4, 1.5625e-7, true, false),
+    ] {
+        let config = parse(&serde_json::json!({
+            "architectures": [architecture.hf_name()], "vocab_size": 307, "hidden_size": 48, "num_hidden_layers": 3,
+            "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 44, "rope_theta": 10000.0,
+            "max_position_embeddings": 512
+        }))
+        .unwrap();
+        assert_eq!((config.rms_norm_eps, config.qkv_bias, config.o_bias), (eps, qkv_bias, o_bias), "{architecture:?}");
+        assert!(!config.tie_word_embeddings);
+    }
 }
 
 #[test]
