@@ -99,7 +99,7 @@ pub enum ChatTemplateError {
         /// What is wrong there.
         problem: String,
     },
-    /// A message is no object with a role.
+    /// A message is no object with a role, or its content is none.
     #[error("messages[{index}]: {problem}")]
     Message {
         /// Which message, from 0.
@@ -296,11 +296,14 @@ fn special_tokens(files: &TokenizerFiles) -> Map<String, Value> {
 
 fn check_messages(messages: &[Value]) -> Result<(), ChatTemplateError> {
     for (index, message) in messages.iter().enumerate() {
-        let problem = match (message.as_object(), message.get("role")) {
-            (None, _) => "must be an object",
-            (_, None) => "`role` is missing",
-            (_, Some(Value::String(_))) => continue,
-            (_, Some(_)) => "`role` must be a string",
+        let problem = match (message.as_object(), message.get("role"), message.get("content")) {
+            (None, ..) => "must be an object",
+            (_, None, _) => "`role` is missing",
+            (_, Some(Value::String(_)), Some(Value::Bool(_) | Value::Number(_))) => {
+                "`content` must be a string, a list of parts, or null"
+            }
+            (_, Some(Value::String(_)), _) => continue,
+            (_, Some(_), _) => "`role` must be a string",
         };
         return Err(ChatTemplateError::Message { index, problem });
     }

@@ -1,7 +1,6 @@
 //! Safetensors files of a checkpoint: their headers checked, their data mapped or read, nothing interpreted.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -12,6 +11,7 @@ use serde_json::Value;
 use thiserror::Error;
 
 use crate::checkpoint_writer::{INDEX_NAME, SINGLE_SHARD_NAME};
+use crate::files;
 
 /// Bytes read by one thread at a time.
 const READ_CHUNK_BYTES: usize = 16 << 20;
@@ -67,7 +67,7 @@ pub enum CheckpointError {
         problem: String,
     },
     /// Tensors are missing, unexpected, or have another shape or type than the config says.
-    #[error("{dir}: {} of the tensors do not fit config.json:\n  {}", .problems.len(), first_lines(.problems))]
+    #[error("{dir}: {} of the tensors do not fit config.json: {}", .problems.len(), first_problems(.problems))]
     Tensors {
         /// The checkpoint's directory.
         dir: String,
@@ -115,13 +115,13 @@ pub enum TensorProblem {
     },
 }
 
-fn first_lines(problems: &[TensorProblem]) -> String {
-    const MAX_LINES: usize = 8;
-    let mut lines: Vec<String> = problems.iter().take(MAX_LINES).map(ToString::to_string).collect();
-    if problems.len() > MAX_LINES {
-        lines.push(format!("... and {} more", problems.len() - MAX_LINES));
+fn first_problems(problems: &[TensorProblem]) -> String {
+    const MAX_SHOWN: usize = 4;
+    let mut shown: Vec<String> = problems.iter().take(MAX_SHOWN).map(ToString::to_string).collect();
+    if problems.len() > MAX_SHOWN {
+        shown.push(format!("and {} more", problems.len() - MAX_SHOWN));
     }
-    lines.join("\n  ")
+    shown.join("; ")
 }
 
 /// The bytes of one file, or of one tensor that had to be copied.
@@ -303,10 +303,10 @@ type Files = BTreeMap<String, Option<BTreeSet<String>>>;
 
 fn list_files(dir: &Path) -> Result<Files, CheckpointError> {
     let index = dir.join(INDEX_NAME);
-    if index.exists() {
+    if files::is_there(&index) {
         return read_index(&index);
     }
-    if !dir.join(SINGLE_SHARD_NAME).exists() {
+    if !files::is_there(&dir.join(SINGLE_SHARD_NAME)) {
         return Err(CheckpointError::NoWeights { dir: dir.display().to_string() });
     }
     Ok(BTreeMap::from([(SINGLE_SHARD_NAME.to_owned(), None)]))
@@ -340,7 +340,7 @@ fn read_index(path: &Path) -> Result<Files, CheckpointError> {
     let file = path.display().to_string();
     let bad =
         |field: &str, problem: String| CheckpointError::Index { file: file.clone(), field: field.into(), problem };
-    let text = std::fs::read(path).map_err(|source| CheckpointError::Read { file: file.clone(), source })?;
+    let text = files::read_file(path).map_err(|source| CheckpointError::Read { file: file.clone(), source })?;
     let index: Value = serde_json::from_slice(&text).map_err(|e| bad("(whole file)", format!("not JSON: {e}")))?;
     let Some(map) = index.get("weight_map").and_then(Value::as_object) else {
         return Err(bad("weight_map", "missing, or not an object of tensor name to file name".to_owned()));
@@ -369,7 +369,7 @@ fn read_index(path: &Path) -> Result<Files, CheckpointError> {
 #[allow(unsafe_code)]
 fn map_file(path: &Path) -> Result<Storage, CheckpointError> {
     let read_error = |source| CheckpointError::Read { file: path.display().to_string(), source };
-    let file = File::open(path).map_err(read_error)?;
+    let file = files::open_file(path).map_err(read_error)?;
     // SAFETY: the map is read only. Nobody must change the file while we run; that is the contract of a checkpoint
     // directory, documented in the README, and the reason why `LoadMode::Read` exists.
     let map = unsafe { memmap2::Mmap::map(&file) }.map_err(read_error)?;
@@ -378,7 +378,7 @@ fn map_file(path: &Path) -> Result<Storage, CheckpointError> {
 
 fn read_file(path: &Path, progress: &(dyn Fn(u64) + Sync)) -> Result<Storage, CheckpointError> {
     let read_error = |source| CheckpointError::Read { file: path.display().to_string(), source };
-    let file = File::open(path).map_err(read_error)?;
+    let file = files::open_file(path).map_err(read_error)?;
     let len = file.metadata().map_err(read_error)?.len() as usize;
     let mut storage = Storage::zeroed(len);
     if let Storage::Owned(words, len) = &mut storage {

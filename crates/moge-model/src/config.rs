@@ -6,6 +6,8 @@ use moge_kernels::{Dtype, RopeLayout};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
+use crate::files;
+
 /// No size in a config may exceed this; keeps every product of three sizes inside 64 bits.
 const MAX_SIZE: u64 = 1 << 21;
 
@@ -181,7 +183,7 @@ impl ModelConfig {
     pub fn load(dir: &Path) -> Result<ModelConfig, ConfigError> {
         let path = dir.join("config.json");
         let file = path.display().to_string();
-        let text = std::fs::read(&path).map_err(|source| ConfigError::Read { file: file.clone(), source })?;
+        let text = files::read_file(&path).map_err(|source| ConfigError::Read { file: file.clone(), source })?;
         ModelConfig::from_json(&text, &file)
     }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use crate::TokenId;
+use crate::{TokenId, files};
 
 /// What `generation_config.json` states; nothing if there is no such file.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -67,9 +67,9 @@ impl GenerationDefaults {
     pub fn load(dir: &Path) -> Result<Self, GenerationDefaultsError> {
         let path = dir.join("generation_config.json");
         let file = path.display().to_string();
-        let bytes = match std::fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
+        let bytes = match files::read_file_if_there(&path) {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Ok(Self::default()),
             Err(source) => return Err(GenerationDefaultsError::Read { file, source }),
         };
         Self::from_json(&bytes, &file)

@@ -5,6 +5,7 @@ mod chat_template;
 mod checkpoint;
 mod checkpoint_writer;
 mod config;
+mod files;
 mod generation_config;
 mod ids;
 mod kv_cache;

@@ -6,6 +6,8 @@ use anyhow::{Context, Result, bail};
 use moge_model::{ChatRequest, ChatTemplate, Thinking};
 use serde_json::{Value, json};
 
+use crate::input::{read_text_file, without_byte_order_mark};
+
 /// A chat so far.
 #[derive(Debug, Default)]
 pub(crate) struct Conversation {
@@ -19,8 +21,9 @@ impl Conversation {
     /// Read a JSON list of messages, or an object with `messages` and perhaps `tools`.
     pub(crate) fn from_file(file: &Path) -> Result<Conversation> {
         let name = file.display();
-        let text = std::fs::read(file).with_context(|| name.to_string())?;
-        let value: Value = serde_json::from_slice(&text).with_context(|| format!("{name}: not JSON"))?;
+        let text = read_text_file(file)?;
+        let value: Value =
+            serde_json::from_str(without_byte_order_mark(&text)).with_context(|| format!("{name}: not JSON"))?;
         let (messages, tools) = match value {
             Value::Object(mut fields) => (fields.remove("messages"), fields.remove("tools")),
             list => (Some(list), None),

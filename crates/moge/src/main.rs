@@ -1,12 +1,19 @@
 //! The `moge` binary.
 
+// Printing goes through `output`, which bears a closed pipe.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 mod cmd;
 mod conversation;
+mod input;
+mod interrupt;
 mod memory;
+mod output;
 mod progress;
 mod session;
 mod thinking;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -20,10 +27,10 @@ struct Cli {
     #[command(subcommand)]
     command: Command,
     /// Say more on standard error: -v what is being done, -vv details
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(short, long, global = true, display_order = 100, action = clap::ArgAction::Count)]
     verbose: u8,
     /// Say nothing on standard error but errors
-    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    #[arg(short, long, global = true, display_order = 100, conflicts_with = "verbose")]
     quiet: bool,
 }
 
@@ -54,6 +61,8 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .without_time()
         .with_target(false)
+        .with_ansi(std::io::stderr().is_terminal())
+        .log_internal_errors(false)
         .init();
     let result = match cli.command {
         Command::Generate(args) => cmd::generate::run(&args),
@@ -62,14 +71,16 @@ fn main() -> ExitCode {
         Command::Inspect(args) => cmd::inspect::run(&args),
         Command::Synth(args) => cmd::synth::run(&args),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "moge", &mut std::io::stdout());
-            Ok(())
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "moge", &mut script);
+            output::print(String::from_utf8_lossy(&script))
         }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if output::is_reader_gone(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            output::say_line(format_args!("error: {}", output::one_line(&error)));
             ExitCode::FAILURE
         }
     }

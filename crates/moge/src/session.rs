@@ -16,7 +16,8 @@ use moge_model::{
 };
 use tempfile::TempDir;
 
-use crate::cmd::synth::find_preset;
+use crate::cmd::synth::{check_free_space, find_preset};
+use crate::interrupt::Interrupt;
 use crate::memory::{MemoryPlan, available_bytes};
 use crate::progress;
 
@@ -28,15 +29,11 @@ const MAX_RUNNING: usize = 64;
 
 /// Which model, and how it runs.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
-    /// Directory of the checkpoint: config.json, safetensors, tokenizer
-    #[arg(short, long, value_name = "DIR", required_unless_present = "synthetic")]
-    model: Option<PathBuf>,
-    /// Instead of --model: a random Pangu Pro MoE, made for this run in a temporary folder, of a preset's sizes
-    /// (`moge synth --help` lists them)
-    #[arg(long, value_name = "PRESET", conflicts_with = "model")]
-    synthetic: Option<String>,
-    /// Worker threads [default: the processors this process may use]
+    #[command(flatten)]
+    source: ModelSource,
+    /// Worker threads, at most 4096 [default: the processors this process may use]
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_THREADS as u64))]
     pub(crate) threads: Option<usize>,
     /// Precision of activations and KV cache; auto takes bf16 for bf16 checkpoints, f32 for others
@@ -48,6 +45,19 @@ pub(crate) struct ModelArgs {
     /// Run even if the weights do not fit into memory: they are read from disk again and again
     #[arg(long)]
     pub(crate) allow_paging: bool,
+}
+
+/// Where the checkpoint comes from.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct ModelSource {
+    /// Directory of the checkpoint: config.json, safetensors, tokenizer
+    #[arg(short, long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Instead of --model: a random Pangu Pro MoE, made for this run in a temporary folder, of a preset's sizes
+    /// (`moge synth --help` lists them)
+    #[arg(long, value_name = "PRESET")]
+    synthetic: Option<String>,
 }
 
 /// Precision of activations and KV cache.
@@ -72,10 +82,10 @@ pub(crate) enum LoadArg {
 
 /// How to sample. What is not given comes from the checkpoint's `generation_config.json`, else greedy.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Sampling")]
+#[command(next_help_heading = "Sampling (defaults: the checkpoint's generation_config.json, else greedy)")]
 pub(crate) struct SamplingArgs {
     /// Divides the logits; 0 takes the most likely token
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f64>,
     /// Keep the K most likely tokens; 0 keeps all
     #[arg(long, value_name = "K")]
@@ -89,30 +99,37 @@ pub(crate) struct SamplingArgs {
     /// Divides the logits of tokens that have occurred; 1 is off
     #[arg(long, value_name = "X")]
     repetition_penalty: Option<f64>,
-    /// Subtracted from the logits of tokens in the output
+    /// Subtracted from the logits of tokens in the output, from -2 to 2
     #[arg(long, value_name = "X", allow_hyphen_values = true)]
     presence_penalty: Option<f64>,
-    /// Subtracted for each time that a token is in the output
+    /// Subtracted for each time that a token is in the output, from -2 to 2
     #[arg(long, value_name = "X", allow_hyphen_values = true)]
     frequency_penalty: Option<f64>,
-    /// Added to a token's logit, as ID=VALUE; may be given several times
+    /// Added to a token's logit, from -100 to 100; may be given several times
     #[arg(long, value_name = "ID=VALUE", value_parser = parse_logit_bias)]
     logit_bias: Vec<(TokenId, f64)>,
-    /// The same seed gives the same tokens, whatever else runs and on how many threads
+    /// The same seed gives the same tokens, whatever else runs and on how many threads [default: 0; chat takes a new
+    /// one for every answer]
     #[arg(long, value_name = "S")]
     seed: Option<u64>,
     /// Stop before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
-    /// Stop at these token ids
-    #[arg(long, value_name = "ID,ID", value_delimiter = ',')]
-    stop_token_ids: Vec<u32>,
+    /// Stop at these token ids too
+    #[arg(long, value_name = "ID,ID", value_delimiter = ',', value_parser = parse_token_id)]
+    stop_token_ids: Vec<TokenId>,
     /// Do not stop before N tokens
     #[arg(long, value_name = "N", default_value_t = 0)]
     min_tokens: usize,
     /// Go on after an end-of-sequence token
     #[arg(long)]
     ignore_eos: bool,
+}
+
+/// A token id as the command line has it, perhaps with spaces around it.
+pub(crate) fn parse_token_id(text: &str) -> Result<TokenId, String> {
+    let id = text.trim().parse().map_err(|_| format!("a token id is a whole number from 0 to {}", u32::MAX));
+    id.map(TokenId)
 }
 
 fn parse_logit_bias(text: &str) -> Result<(TokenId, f64), String> {
@@ -144,7 +161,7 @@ impl SamplingArgs {
             logit_bias: self.logit_bias.iter().copied().collect(),
             seed: self.seed.unwrap_or(seed),
             stop: self.stop.clone(),
-            stop_token_ids: self.stop_token_ids.iter().copied().map(TokenId).collect(),
+            stop_token_ids: self.stop_token_ids.clone(),
             min_tokens: self.min_tokens,
             ignore_eos: self.ignore_eos,
             ..SamplingParams::default()
@@ -153,14 +170,23 @@ impl SamplingArgs {
 }
 
 impl ModelArgs {
-    /// Read the small files of the checkpoint, made first if it is to be synthetic.
-    pub(crate) fn open(&self) -> Result<Frontend> {
-        let Some(preset) = &self.synthetic else {
-            return Frontend::open(self.model.as_deref().unwrap_or(Path::new(".")));
+    /// True if the checkpoint is to be made first.
+    pub(crate) fn is_synthetic(&self) -> bool {
+        self.source.synthetic.is_some()
+    }
+
+    /// Read the small files of the checkpoint, made first if it is to be synthetic; `interrupt` removes it again.
+    pub(crate) fn open(&self, interrupt: Option<&Interrupt>) -> Result<Frontend> {
+        let Some(preset) = &self.source.synthetic else {
+            return Frontend::open(self.source.model.as_deref().unwrap_or(Path::new(".")));
         };
         let preset = find_preset(Some(Architecture::PanguProMoe), preset)?;
         let folder = tempfile::Builder::new().prefix("moge-").tempdir().context("temporary folder")?;
+        if let Some(interrupt) = interrupt {
+            interrupt.remove_on_exit(folder.path());
+        }
         let dir = folder.path().join(preset.name);
+        check_free_space(&dir, preset.config.weight_bytes()?)?;
         let bar = progress::bytes("making");
         write_checkpoint(&dir, &preset.config, &mut |done, total| progress::set(&bar, done, total))?;
         bar.finish_and_clear();

@@ -47,6 +47,8 @@ fn assert_refused(args: &[&str], parts: &[&str]) {
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success(), "{args:?} should be refused");
     assert!(!stderr.contains("panicked"), "{stderr}");
+    // Status 2 is that of the command line parser, which adds how to call the command.
+    assert!(output.status.code() == Some(2) || stderr.lines().count() == 1, "{stderr}");
     for part in parts {
         assert!(stderr.contains(part), "{part:?} is not in: {stderr}");
     }
@@ -260,6 +262,18 @@ fn chat_answers_once_or_converses_over_a_pipe() {
 }
 
 #[test]
+fn a_script_of_messages_ends_at_its_first_error_and_its_last_message_needs_no_line_end() {
+    let model = Synthetic::new("qwen3");
+    let chat = ["chat", "-m", &model.arg(), "-n", "3", "--context", "60", "--temperature", "0"];
+    let answers = |script: &str| stdout(moge_with_input(&chat, script.as_bytes())).lines().count();
+    assert_eq!(answers("hello"), 1);
+    assert_eq!(answers("hello\\"), 1);
+    let output = moge_with_input(&chat, format!("{}\nhello\n", "long ".repeat(40)).as_bytes());
+    assert!(!output.status.success() && output.stdout.is_empty());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no room for an answer"));
+}
+
+#[test]
 fn bad_prompts_and_parameters_are_refused_by_name() {
     let model = Synthetic::new("pangu-pro-moe");
     let generate = |more: &[&'static str], parts: &[&str]| {
@@ -267,7 +281,11 @@ fn bad_prompts_and_parameters_are_refused_by_name() {
     };
     generate(&[], &["--prompt"]);
     generate(&["--tokens", "1,99999"], &["token 99999 at index 1", "vocabulary size 512"]);
-    generate(&["--tokens", ""], &["invalid value"]);
+    generate(&["--tokens", ""], &["invalid value", "a token id is a whole number from 0 to 4294967295"]);
+    assert_refused(&["chat", "-m", &model.arg(), "-n", "0"], &["max_tokens: 0"]);
+    assert_refused(&["tokenize", "-m", &model.arg(), "--decode", "5,512"], &["--decode: 512", "below 512"]);
+    generate(&["--tokens", "-1"], &["invalid value '-1' for '--tokens"]);
+    generate(&["-p", "x", "--temperature", "-1"], &["temperature: -1"]);
     generate(&["-p", "x", "--top-p", "1.5"], &["top_p: 1.5"]);
     generate(&["-p", "x", "--logit-bias", "7"], &["ID=VALUE"]);
     generate(&["-p", "x", "--logprobs", "3"], &["--format json"]);
@@ -281,6 +299,90 @@ fn bad_prompts_and_parameters_are_refused_by_name() {
 }
 
 #[test]
+fn spaces_between_token_ids_do_not_matter() {
+    let model = Synthetic::new("glm4");
+    let answer = json_of(moge(&["generate", "-m", &model.arg(), "--tokens", "5, 6 ,7", "-n", "1", "--format", "json"]));
+    assert_eq!(answer["prompt_tokens"], json!([5, 6, 7]));
+    let decode = |ids: &str| stdout(moge(&["tokenize", "-m", &model.arg(), "--decode", ids]));
+    assert_eq!(decode("65, 66"), decode("65,66"));
+}
+
+#[test]
+fn files_from_other_systems_are_read_or_refused_with_the_place() {
+    let model = Synthetic::new("qwen3");
+    let file = model.path().join("file");
+    let name = file.to_str().unwrap();
+    let generate = ["generate", "-m", &model.arg(), "-n", "1", "--format", "json"];
+    std::fs::write(&file, b"ab\r\n").unwrap();
+    let prompt = json_of(moge(&[&generate[..], &["--prompt-file", name]].concat()))["prompt_tokens"].clone();
+    assert_eq!(prompt, json_of(moge(&[&generate[..], &["-p", "ab\r\n"]].concat()))["prompt_tokens"]);
+    std::fs::write(&file, b"ab\xffc").unwrap();
+    assert_refused(&[&generate[..], &["--prompt-file", name]].concat(), &["file: not UTF-8 at byte 2"]);
+    std::fs::write(&file, "\u{feff}{\"tokens\": [7]}\r\n").unwrap();
+    assert_eq!(json_of(moge(&[&generate[..], &["--input", name]].concat()))["prompt_tokens"], json!([7]));
+    let tokenize = ["tokenize", "-m", &model.arg(), "--chat", name];
+    std::fs::write(&file, "\u{feff}[{\"role\": \"user\", \"content\": \"x\"}]").unwrap();
+    stdout(moge(&tokenize));
+    std::fs::write(&file, "[{\"role\": \"user\", \"content\": 5}]").unwrap();
+    assert_refused(&tokenize, &["file: messages[0]: `content` must be a string"]);
+}
+
+/// Start a command that writes a large checkpoint, and press Ctrl-C once `begun` says that it writes.
+#[cfg(unix)]
+fn interrupt_once(mut command: Command, begun: impl Fn() -> bool) {
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    while !begun() {
+        assert!(child.try_wait().unwrap().is_none(), "the command ended before it could be interrupted");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_leaves_no_half_of_a_synthetic_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let num_entries = |path: &Path| std::fs::read_dir(path).map_or(0, Iterator::count);
+    let target = dir.path().join("m");
+    let mut synth = Command::new(env!("CARGO_BIN_EXE_moge"));
+    synth.args(["synth", target.to_str().unwrap(), "--preset", "qwen3-0.6b"]);
+    interrupt_once(synth, || num_entries(&target) > 0);
+    assert_eq!(num_entries(dir.path()), 0);
+    let mut generate = Command::new(env!("CARGO_BIN_EXE_moge"));
+    generate.args(["generate", "--synthetic", "small", "-p", "x", "-n", "100000", "--ignore-eos"]);
+    generate.env("TMPDIR", dir.path());
+    let folder = || std::fs::read_dir(dir.path()).unwrap().next().map(|entry| entry.unwrap().path());
+    interrupt_once(generate, || folder().is_some_and(|folder| num_entries(&folder) > 0));
+    assert_eq!(num_entries(dir.path()), 0);
+}
+
+#[test]
+fn over_a_pipe_thinking_is_lines_of_standard_error() {
+    let model = Synthetic::new("qwen3");
+    let chat = ["chat", "-m", &model.arg(), "-n", "12", "--ignore-eos", "--temperature", "0", "hi"];
+    std::fs::write(model.path().join("chat_template.jinja"), "{{ messages[0].content }}<think>").unwrap();
+    let output = moge(&chat);
+    let thinking = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "\n");
+    assert!(thinking.trim().len() > 4 && thinking.ends_with('\n') && !thinking.contains('\x1b'), "{thinking:?}");
+    std::fs::write(model.path().join("chat_template.jinja"), "{{ messages[0].content }}<think></think>").unwrap();
+    let output = moge(&chat);
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+    assert!(output.stdout.len() > 4);
+}
+
+#[test]
+fn a_full_context_is_said() {
+    let model = Synthetic::new("qwen3");
+    let chat = ["chat", "-m", &model.arg(), "--ignore-eos", "--context", "40"];
+    let output = moge(&[&chat[..], &["hi"]].concat());
+    assert!(output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("the context of 40 tokens is full"));
+    assert_refused(&[&chat[..], &[&"long ".repeat(40)]].concat(), &["the context 40", "no room for an answer"]);
+}
+
+#[test]
 fn bad_lines_of_an_input_file_are_refused_with_their_number() {
     let model = Synthetic::new("pangu-pro-moe");
     let file = model.path().join("prompts.jsonl");
@@ -289,7 +391,8 @@ fn bad_lines_of_an_input_file_are_refused_with_their_number() {
         ("{\"prompt\": \"a\", \"tokens\": [1]}", "prompts.jsonl:2: exactly one"),
         ("{\"promt\": \"a\"}", "unknown field `promt`"),
         ("{\"tokens\": [-1]}", "prompts.jsonl:2"),
-        ("{\"tokens\": [5000]}", "token 5000"),
+        ("{\"tokens\": [5000]}", "prompts.jsonl:2: prompt: token 5000"),
+        ("{\"tokens\": [5], \"max_tokens\": 0}", "prompts.jsonl:2: max_tokens: 0"),
     ] {
         std::fs::write(&file, format!("{{\"prompt\": \"fine\"}}\n{line}\n")).unwrap();
         assert_refused(&["generate", "-m", &model.arg(), "--input", file.to_str().unwrap()], &[parts]);
@@ -346,6 +449,59 @@ fn too_little_memory_is_said_before_anything_is_loaded() {
     let generate = ["generate", "-m", arg, "-p", "x", "--dtype", "f32", "-n"];
     assert_refused(&[&generate[..], &["1900000"]].concat(), &["not enough memory", "KV cache 12", "would be left"]);
     stdout(moge(&[&generate[..], &["3"]].concat()));
+}
+
+#[cfg(unix)]
+#[test]
+fn what_is_no_file_is_refused_by_name_and_not_waited_for() {
+    let model = Synthetic::new("qwen3");
+    let names =
+        ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors"];
+    for name in names {
+        let (file, kept) = (model.path().join(name), model.path().join("kept"));
+        std::fs::rename(&file, &kept).unwrap();
+        for (target, problem) in [("/dev/zero", "not a regular file"), ("absent", "a link that leads nowhere")] {
+            std::os::unix::fs::symlink(target, &file).unwrap();
+            assert_refused(&["generate", "-m", &model.arg(), "-p", "x"], &[&format!("{name}: {problem}")]);
+            std::fs::remove_file(&file).unwrap();
+        }
+        std::fs::write(&file, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n").unwrap();
+        assert_refused(&["generate", "-m", &model.arg(), "-p", "x"], &[name, "git lfs pull"]);
+        std::fs::rename(&kept, &file).unwrap();
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_the_program_without_a_word() {
+    let model = Synthetic::new("pangu-pro-moe");
+    let arg = model.arg();
+    let commands: [&[&str]; 6] = [
+        &["inspect", &arg],
+        &["tokenize", "-m", &arg, "x"],
+        &["completions", "bash"],
+        &["generate", "-m", &arg, "-p", "x", "--ignore-eos"],
+        &["generate", "-m", &arg, "-p", "x", "--format", "json"],
+        &["chat", "-m", &arg, "-n", "50", "x"],
+    ];
+    for args in commands {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_moge")).args(args).stdin(Stdio::null()).stdout(writer).output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(
+            output.status.success() && !stderr.contains("error") && !stderr.contains("panicked"),
+            "{args:?} {stderr}"
+        );
+    }
+}
+
+#[test]
+fn messages_have_colors_on_a_terminal_only() {
+    let model = Synthetic::new("qwen3");
+    let output = moge(&["-v", "generate", "-m", &model.arg(), "-p", "x", "-n", "1"]);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(stderr.contains("threads") && !stderr.contains('\x1b'), "{stderr:?}");
 }
 
 #[test]

@@ -193,6 +193,7 @@ fn messages_without_a_role_are_refused_by_place() {
         (json!([{"role": "user"}, "text"]), "messages[1]: must be an object"),
         (json!([{"content": "text"}]), "messages[0]: `role` is missing"),
         (json!([{"role": 3}]), "messages[0]: `role` must be a string"),
+        (json!([{"role": "user", "content": 3}]), "messages[0]: `content` must be a string, a list of parts, or null"),
     ] {
         let messages = messages.as_array().unwrap();
         let error = pangu().render(&ChatRequest { messages, ..ChatRequest::default() }).unwrap_err();

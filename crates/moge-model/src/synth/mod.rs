@@ -6,6 +6,7 @@ mod random;
 mod tokenizer;
 mod weights;
 
+use std::ffi::OsString;
 use std::fs;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
@@ -90,10 +91,12 @@ pub enum SynthError {
         min: usize,
     },
     /// The directory holds files; nothing is ever overwritten.
-    #[error("{}: not empty; name a new directory", dir.display())]
+    #[error("{}: not empty, {} is there; name a new directory", dir.display(), found.display())]
     DirectoryNotEmpty {
         /// The directory.
         dir: PathBuf,
+        /// One of the files.
+        found: OsString,
     },
     /// The files could not be written.
     #[error(transparent)]
@@ -178,7 +181,8 @@ fn claim_directory(dir: &Path) -> Result<(), SynthError> {
     let mut entries = fs::read_dir(dir).map_err(|source| io_error(dir, source))?;
     match entries.next() {
         None => Ok(()),
-        Some(_) => Err(SynthError::DirectoryNotEmpty { dir: dir.to_path_buf() }),
+        Some(Ok(entry)) => Err(SynthError::DirectoryNotEmpty { dir: dir.to_path_buf(), found: entry.file_name() }),
+        Some(Err(source)) => Err(io_error(dir, source).into()),
     }
 }
 

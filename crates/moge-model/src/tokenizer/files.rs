@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::TokenizerError;
-use crate::TokenId;
+use crate::{TokenId, files};
 
 /// Fields that name one special token each, as the files spell them.
 const NAMED_TOKENS: [&str; 7] =
@@ -173,9 +173,5 @@ fn read_object(path: &Path) -> Result<Option<Map<String, Value>>, TokenizerError
 
 /// Read a file; `None` if it does not exist.
 pub(crate) fn read_optional(path: &Path) -> Result<Option<Vec<u8>>, TokenizerError> {
-    match std::fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(TokenizerError::Read { file: path.display().to_string(), source }),
-    }
+    files::read_file_if_there(path).map_err(|source| TokenizerError::Read { file: path.display().to_string(), source })
 }

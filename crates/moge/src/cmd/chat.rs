@@ -1,8 +1,7 @@
 //! `moge chat`: one answer, or a conversation.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
@@ -12,6 +11,8 @@ use moge_model::{ChatTemplate, Prefix, Thinking, TokenId, Tokenizer, thinking_to
 use rustyline::error::ReadlineError;
 
 use crate::conversation::Conversation;
+use crate::interrupt::Interrupt;
+use crate::output::{is_reader_gone, one_line, print, print_line, say, say_line};
 use crate::session::{ModelArgs, SamplingArgs};
 use crate::thinking::{Part, ThinkingSplitter};
 
@@ -23,10 +24,11 @@ const HELP: &str = "/reset          forget the conversation, keep the system mes
 A line that ends in \\ goes on in the next. Ctrl-C stops an answer.";
 
 /// Talk with the model
+///
+/// On a terminal the model's thinking is dimmed; else it goes to standard error, the answer to standard output.
 #[derive(Debug, Args)]
+#[command(after_help = format!("In a conversation:\n{HELP}"))]
 pub(crate) struct ChatArgs {
-    #[command(flatten)]
-    model: ModelArgs,
     /// Answer this and leave [default: a conversation]
     message: Option<String>,
     /// System message
@@ -41,6 +43,8 @@ pub(crate) struct ChatArgs {
     /// Tokens of the whole conversation at the most: the KV cache has this size
     #[arg(long, value_name = "N", default_value_t = 8192)]
     context: usize,
+    #[command(flatten)]
+    model: ModelArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
 }
@@ -62,17 +66,17 @@ impl From<Switch> for Thinking {
 
 /// Run `moge chat`.
 pub(crate) fn run(args: &ChatArgs) -> Result<()> {
-    let frontend = args.model.open()?;
+    let interrupt = Interrupt::install()?;
+    let frontend = args.model.open(Some(&interrupt))?;
     let tokenizer = Arc::clone(frontend.tokenizer()?);
     let template = frontend.chat_template()?;
-    let params = args.sampling.params(&frontend.defaults, 0);
+    let params = SamplingParams { max_tokens: args.max_tokens, ..args.sampling.params(&frontend.defaults, 0) };
     params.validate(frontend.config.vocab_size)?;
     let context = args.context.min(frontend.config.max_position_embeddings);
     let (engine, _) = frontend.load(&args.model, &[context])?;
     let mut conversation = Conversation::default();
     conversation.thinking = args.think.map_or(Thinking::Default, Thinking::from);
     conversation.set_system(args.system.as_deref().unwrap_or_default());
-    let interrupt = Interrupt::install()?;
     let max_tokens = args.max_tokens.unwrap_or(usize::MAX);
     let seed_is_given = args.sampling.seed_is_given();
     let mut chat = Chat {
@@ -92,7 +96,7 @@ pub(crate) fn run(args: &ChatArgs) -> Result<()> {
         Some(message) => {
             let finish_reason = chat.answer(message)?;
             if finish_reason == FinishReason::Cancelled {
-                std::process::exit(130);
+                chat.interrupt.leave();
             }
             Ok(())
         }
@@ -126,7 +130,7 @@ impl Chat<'_> {
     fn converse(&mut self) -> Result<()> {
         let mut editor = rustyline::DefaultEditor::new().context("terminal")?;
         if std::io::stdout().is_terminal() {
-            eprintln!("/help lists the commands.");
+            say_line("/help lists the commands.");
         }
         while let Some(text) = read_message(&mut editor)? {
             let text = text.trim();
@@ -141,7 +145,11 @@ impl Chat<'_> {
             if let Some(command) = text.strip_prefix('/') {
                 self.command(command);
             } else if let Err(error) = self.answer(text) {
-                eprintln!("error: {error:#}");
+                // Who types can go on after an error; a script cannot know of it.
+                if is_reader_gone(&error) || !std::io::stdin().is_terminal() {
+                    return Err(error);
+                }
+                say_line(format_args!("error: {}", one_line(&error)));
             }
         }
         Ok(())
@@ -150,14 +158,14 @@ impl Chat<'_> {
     fn command(&mut self, command: &str) {
         let (name, argument) = command.split_once(char::is_whitespace).unwrap_or((command, ""));
         match (name, argument.trim()) {
-            ("help", _) => eprintln!("{HELP}"),
+            ("help", _) => say_line(HELP),
             ("reset", _) => self.conversation.reset(),
             ("system", text) => self.conversation.set_system(text),
             ("think", "on") => self.conversation.thinking = Thinking::On,
             ("think", "off") => self.conversation.thinking = Thinking::Off,
-            ("think", _) => eprintln!("/think on, or /think off"),
+            ("think", _) => say_line("/think on, or /think off"),
             ("stats", _) => self.print_stats(),
-            _ => eprintln!("/{name} is unknown; /help lists the commands"),
+            _ => say_line(format_args!("/{name} is unknown; /help lists the commands")),
         }
     }
 
@@ -176,7 +184,10 @@ impl Chat<'_> {
         let prompt = self.tokenizer.encode(&self.conversation.prompt(&self.template)?, Prefix::Add)?;
         if prompt.len() >= self.context {
             let (used, context) = (prompt.len(), self.context);
-            bail!("the conversation has {used} tokens and --context allows {context}; /reset forgets it");
+            bail!(
+                "the conversation has {used} tokens and the context {context} (--context, at most what the model \
+                 allows): no room for an answer; /reset forgets the conversation"
+            );
         }
         let max_tokens = self.max_tokens.min(self.context - prompt.len());
         let mut sampling = SamplingParams { max_tokens: Some(max_tokens), ..self.params.clone() };
@@ -218,22 +229,26 @@ impl Chat<'_> {
         let answer = printer.finish()?;
         match finish_reason {
             Some(FinishReason::NoFiniteLogit) => bail!("the model's logits are not numbers"),
+            Some(FinishReason::Length) if max_tokens < self.max_tokens => {
+                tracing::warn!("the answer stops where the context of {} tokens is full", self.context);
+                Ok((answer, FinishReason::Length))
+            }
             reason => Ok((answer, reason.unwrap_or(FinishReason::Stop))),
         }
     }
 
     fn print_stats(&self) {
         let Some(stats) = &self.stats else {
-            eprintln!("no answer yet");
+            say_line("no answer yet");
             return;
         };
         let Stats { prompt_tokens, prefill_time, answer_tokens, decode_time } = *stats;
         let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
         // The first token of the answer comes out of the prefill.
         let decoded = answer_tokens.saturating_sub(1);
-        eprintln!("prompt  {prompt_tokens} tokens, {:.1} tokens/s", rate(prompt_tokens, prefill_time));
-        eprintln!("answer  {answer_tokens} tokens, {:.1} tokens/s", rate(decoded, decode_time));
-        eprintln!("context {} of {} tokens", prompt_tokens + answer_tokens, self.context);
+        say_line(format_args!("prompt  {prompt_tokens} tokens, {:.1} tokens/s", rate(prompt_tokens, prefill_time)));
+        say_line(format_args!("answer  {answer_tokens} tokens, {:.1} tokens/s", rate(decoded, decode_time)));
+        say_line(format_args!("context {} of {} tokens", prompt_tokens + answer_tokens, self.context));
     }
 }
 
@@ -252,13 +267,17 @@ fn read_message(editor: &mut rustyline::DefaultEditor) -> Result<Option<String>>
             },
             Err(ReadlineError::Interrupted) => {
                 message.clear();
-                eprintln!("(Ctrl-D or /exit leaves)");
+                say_line("(Ctrl-D or /exit leaves)");
             }
-            Err(ReadlineError::Eof) => return Ok(None),
+            Err(ReadlineError::Eof) => return Ok((!message.is_empty()).then_some(message)),
             Err(error) => return Err(error).context("standard input"),
         }
     }
 }
+
+/// What makes a terminal dim the text that follows, and what ends it.
+const DIM: &str = "\x1b[2m";
+const UNDIM: &str = "\x1b[0m";
 
 /// Writes thinking and answer where each belongs: both to a terminal, the thinking dimmed; else the thinking to
 /// standard error and the answer to standard output.
@@ -266,12 +285,13 @@ struct Printer<'a> {
     splitter: ThinkingSplitter<'a>,
     answer: String,
     terminal: bool,
-    dimmed: bool,
+    /// Thinking has been written and its line has not ended.
+    in_thinking: bool,
 }
 
 impl<'a> Printer<'a> {
     fn new(splitter: ThinkingSplitter<'a>) -> Printer<'a> {
-        Printer { splitter, answer: String::new(), terminal: std::io::stdout().is_terminal(), dimmed: false }
+        Printer { splitter, answer: String::new(), terminal: std::io::stdout().is_terminal(), in_thinking: false }
     }
 
     fn push(&mut self, token: TokenId) -> Result<()> {
@@ -280,69 +300,49 @@ impl<'a> Printer<'a> {
     }
 
     fn print(&mut self, part: Part, text: &str) -> Result<()> {
-        if part == Part::Answer {
-            // What separates the answer from the thinking is no part of it.
-            let text = if self.answer.is_empty() { text.trim_start() } else { text };
-            self.answer += text;
-            if !text.is_empty() && self.dimmed {
-                self.dimmed = false;
-                println!("\x1b[0m");
+        match part {
+            Part::Answer => {
+                // What separates the answer from the thinking is no part of it.
+                let text = if self.answer.is_empty() { text.trim_start() } else { text };
+                if !text.is_empty() {
+                    self.end_thinking()?;
+                }
+                self.answer += text;
+                print(text)?;
             }
-            print!("{text}");
-        } else if self.terminal {
-            if !text.is_empty() && !self.dimmed {
-                self.dimmed = true;
-                print!("\x1b[2m");
+            Part::Thinking if text.is_empty() => {}
+            Part::Thinking if self.terminal => {
+                print(format_args!("{}{text}", if self.in_thinking { "" } else { DIM }))?;
+                self.in_thinking = true;
             }
-            print!("{text}");
-        } else {
-            eprint!("{text}");
+            Part::Thinking => {
+                say(text);
+                self.in_thinking = true;
+            }
         }
-        Ok(std::io::stdout().flush()?)
+        Ok(())
+    }
+
+    /// The answer begins on a line of its own.
+    fn end_thinking(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.in_thinking) {
+            if self.terminal {
+                print(format_args!("{UNDIM}\n"))?;
+            } else {
+                say("\n");
+            }
+        }
+        Ok(())
     }
 
     fn finish(mut self) -> Result<String> {
         let (part, text) = self.splitter.finish();
         self.print(part, &text)?;
-        println!("{}", if self.dimmed { "\x1b[0m" } else { "" });
-        Ok(self.answer)
-    }
-}
-
-/// Ctrl-C: stops an answer while there is one, else the program.
-struct Interrupt {
-    answering: Arc<AtomicBool>,
-    requested: Arc<AtomicBool>,
-}
-
-impl Interrupt {
-    fn install() -> Result<Interrupt> {
-        let interrupt = Interrupt { answering: Arc::default(), requested: Arc::default() };
-        let (answering, requested) = (Arc::clone(&interrupt.answering), Arc::clone(&interrupt.requested));
-        ctrlc::set_handler(move || {
-            if !answering.load(Ordering::SeqCst) {
-                std::process::exit(130);
-            }
-            requested.store(true, Ordering::SeqCst);
-        })
-        .context("Ctrl-C")?;
-        Ok(interrupt)
-    }
-
-    /// An answer begins; it ends when the returned guard is dropped.
-    fn answering(&self) -> impl Drop + use<> {
-        struct Guard(Arc<AtomicBool>);
-        impl Drop for Guard {
-            fn drop(&mut self) {
-                self.0.store(false, Ordering::SeqCst);
-            }
+        let in_line = !(self.terminal && self.in_thinking);
+        self.end_thinking()?;
+        if in_line {
+            print_line("")?;
         }
-        self.requested.store(false, Ordering::SeqCst);
-        self.answering.store(true, Ordering::SeqCst);
-        Guard(Arc::clone(&self.answering))
-    }
-
-    fn requested(&self) -> bool {
-        self.requested.load(Ordering::SeqCst)
+        Ok(self.answer)
     }
 }

@@ -1,7 +1,7 @@
 //! `moge generate`: continue one prompt, or a file of them in one batch.
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,21 +12,20 @@ use moge_model::{Prefix, TokenId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::session::{Frontend, ModelArgs, SamplingArgs};
+use crate::input::{read_text_file, without_byte_order_mark};
+use crate::interrupt::Interrupt;
+use crate::output::{print, print_line};
+use crate::session::{Frontend, ModelArgs, SamplingArgs, parse_token_id};
 
 /// Continue a prompt
 #[derive(Debug, Args)]
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
     source: PromptSource,
     /// Tokens to generate at the most
     #[arg(short = 'n', long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
-    #[command(flatten)]
-    sampling: SamplingArgs,
-    /// Report each token's log-probability and the K most likely ones (with --format json)
+    /// Report each token's log-probability and the K most likely ones, at most 128 (with --format json or --input)
     #[arg(long, value_name = "K")]
     logprobs: Option<usize>,
     /// The same for the tokens of the prompt
@@ -35,6 +34,10 @@ pub(crate) struct GenerateArgs {
     /// What to print; --input always prints JSON lines
     #[arg(long, value_enum, default_value = "text")]
     format: Format,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    sampling: SamplingArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -51,12 +54,18 @@ struct PromptSource {
     /// Text to continue
     #[arg(short, long, value_name = "TEXT")]
     prompt: Option<String>,
-    /// File with the text to continue
+    /// File with the text to continue, taken byte for byte
     #[arg(long, value_name = "FILE")]
     prompt_file: Option<PathBuf>,
     /// Token ids to continue, taken literally: nothing is added
-    #[arg(long, value_name = "ID,ID", value_delimiter = ',')]
-    tokens: Option<Vec<u32>>,
+    #[arg(
+        long,
+        value_name = "ID,ID",
+        value_delimiter = ',',
+        value_parser = parse_token_id,
+        allow_negative_numbers = true
+    )]
+    tokens: Option<Vec<TokenId>>,
     /// JSON lines, each {"prompt": TEXT} or {"tokens": [ID, ..]} with an optional "max_tokens": all run in one batch
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
@@ -75,6 +84,8 @@ struct InputLine {
 struct Prompt {
     tokens: Vec<TokenId>,
     max_tokens: usize,
+    /// File and line where it stands, if it is one of many.
+    place: Option<String>,
 }
 
 /// Run `moge generate`.
@@ -84,7 +95,9 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     if text_only && (args.logprobs.is_some() || args.prompt_logprobs.is_some()) {
         bail!("--logprobs and --prompt-logprobs need --format json");
     }
-    let frontend = args.model.open()?;
+    // Without files to remove, Ctrl-C may end the program as it ends any other.
+    let interrupt = args.model.is_synthetic().then(Interrupt::install).transpose()?;
+    let frontend = args.model.open(interrupt.as_ref())?;
     let params = SamplingParams {
         logprobs: args.logprobs,
         prompt_logprobs: args.prompt_logprobs,
@@ -99,22 +112,24 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let mut progress = Progress::new(text_only);
     let generations = generate(&mut engine, prompts, &params, &mut progress)?;
     if text_only {
-        println!();
-        return Ok(());
+        return print_line("");
     }
     for generation in &generations {
-        println!("{}", generation.to_json(&frontend, &progress, load_time));
+        print_line(generation.to_json(&frontend, &progress, load_time))?;
     }
     Ok(())
 }
 
 /// Refuse before the weights are loaded what the engine would refuse after.
 fn check_prompts(prompts: &[Prompt], params: &SamplingParams, frontend: &Frontend) -> Result<()> {
-    params.validate(frontend.config.vocab_size)?;
-    for (index, prompt) in prompts.iter().enumerate() {
-        let request = Request { prompt: prompt.tokens.clone(), sampling: params.clone() };
+    for Prompt { tokens, max_tokens, place } in prompts {
+        let sampling = SamplingParams { max_tokens: Some(*max_tokens), ..params.clone() };
+        let request = Request { prompt: tokens.clone(), sampling };
         let checked = request.validate(frontend.config.vocab_size, frontend.config.max_position_embeddings);
-        checked.with_context(|| format!("prompt {}", index + 1))?;
+        match place {
+            Some(place) => checked.with_context(|| place.clone())?,
+            None => checked?,
+        }
     }
     Ok(())
 }
@@ -127,11 +142,11 @@ fn prompts(args: &GenerateArgs, frontend: &Frontend) -> Result<Vec<Prompt>> {
     }
     let tokens = match (&source.prompt, &source.prompt_file, &source.tokens) {
         (Some(text), _, _) => encode(text)?,
-        (_, Some(file), _) => encode(&std::fs::read_to_string(file).with_context(|| file.display().to_string())?)?,
-        (_, _, Some(ids)) => ids.iter().copied().map(TokenId).collect(),
+        (_, Some(file), _) => encode(&read_text_file(file)?)?,
+        (_, _, Some(ids)) => ids.clone(),
         (None, None, None) => bail!("no prompt"),
     };
-    Ok(vec![Prompt { tokens, max_tokens: args.max_tokens }])
+    Ok(vec![Prompt { tokens, max_tokens: args.max_tokens, place: None }])
 }
 
 fn read_input(file: &Path, max_tokens: usize, encode: impl Fn(&str) -> Result<Vec<TokenId>>) -> Result<Vec<Prompt>> {
@@ -140,16 +155,17 @@ fn read_input(file: &Path, max_tokens: usize, encode: impl Fn(&str) -> Result<Ve
     for (index, line) in reader.lines().enumerate() {
         let place = || format!("{}:{}", file.display(), index + 1);
         let line = line.with_context(place)?;
+        let line = without_byte_order_mark(&line);
         if line.trim().is_empty() {
             continue;
         }
-        let line: InputLine = serde_json::from_str(&line).with_context(place)?;
+        let line: InputLine = serde_json::from_str(line).with_context(place)?;
         let tokens = match (line.prompt, line.tokens) {
             (Some(text), None) => encode(&text).with_context(place)?,
             (None, Some(tokens)) => tokens,
             _ => bail!("{}: exactly one of \"prompt\" and \"tokens\" is needed", place()),
         };
-        prompts.push(Prompt { tokens, max_tokens: line.max_tokens.unwrap_or(max_tokens) });
+        prompts.push(Prompt { tokens, max_tokens: line.max_tokens.unwrap_or(max_tokens), place: Some(place()) });
     }
     if prompts.is_empty() {
         bail!("{}: no prompts", file.display());
@@ -202,7 +218,7 @@ fn generate(
 ) -> Result<Vec<Generation>> {
     let mut generations = Vec::with_capacity(prompts.len());
     let mut index_of: HashMap<SeqId, usize> = HashMap::new();
-    for Prompt { tokens, max_tokens } in prompts {
+    for Prompt { tokens, max_tokens, .. } in prompts {
         let sampling = SamplingParams { max_tokens: Some(max_tokens), ..params.clone() };
         let id = engine.add_request(Request { prompt: tokens.clone(), sampling })?;
         index_of.insert(id, generations.len());
@@ -214,7 +230,6 @@ fn generate(
             prompt_logprobs: None,
         });
     }
-    let mut stdout = std::io::stdout().lock();
     while engine.has_unfinished() {
         let start = Instant::now();
         let outputs = engine.step();
@@ -224,8 +239,7 @@ fn generate(
             generation.sampled.extend(output.sampled);
             generation.text += &output.text;
             if progress.show_text {
-                stdout.write_all(output.text.as_bytes())?;
-                stdout.flush()?;
+                print(&output.text)?;
             }
             if output.prompt_logprobs.is_some() {
                 generation.prompt_logprobs = output.prompt_logprobs;

@@ -13,7 +13,7 @@ use moge_model::{
 };
 use serde::Serialize;
 
-use crate::progress;
+use crate::{output, progress};
 
 /// Tokens for which the memory of the KV cache is given.
 const KV_TOKENS: u64 = 1024;
@@ -53,8 +53,8 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
         }
     }
     match args.format {
-        Format::Text => print!("{report}"),
-        Format::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+        Format::Text => output::print(&report)?,
+        Format::Json => output::print_line(serde_json::to_string_pretty(&report)?)?,
     }
     if args.deep && checkpoint.is_none() {
         bail!("{}: no weights to read", args.dir.display());
@@ -240,10 +240,13 @@ impl fmt::Display for Report {
             Some(bytes) => writeln!(f, "files         {} of weights", DecimalBytes(bytes))?,
         }
         for problem in &self.tensor_problems {
-            writeln!(f, "  {problem}")?;
+            writeln!(f, "  {}", output::plain(problem))?;
+        }
+        if self.non_finite.as_ref().is_some_and(Vec::is_empty) {
+            writeln!(f, "data          no NaN, no infinity")?;
         }
         for NonFiniteTensor { name, num_nan, num_infinite } in self.non_finite.iter().flatten() {
-            writeln!(f, "  {name}: {num_nan} NaN, {num_infinite} infinite")?;
+            writeln!(f, "  {}: {num_nan} NaN, {num_infinite} infinite", output::plain(name))?;
         }
         Ok(())
     }

@@ -9,10 +9,12 @@ use moge_kernels::Dtype;
 use moge_model::Architecture;
 use moge_model::synth::{PRESETS, Preset, SynthConfig, SynthMlp, write_checkpoint};
 
-use crate::progress;
+use crate::interrupt::Interrupt;
+use crate::{output, progress};
 
-/// Room left for tokenizer files and headers when free disk space is checked, in bytes.
-const OTHER_FILES_BYTES: u64 = 64_000_000;
+/// Room left for tokenizer files and headers when free disk space is checked, as a part of the weights and in bytes.
+const OTHER_FILES_PART: u64 = 100;
+const OTHER_FILES_BYTES: u64 = 1_000_000;
 
 /// Write a random checkpoint in the official layout, with a small tokenizer
 ///
@@ -95,13 +97,18 @@ enum DtypeName {
 pub(crate) fn run(args: &SynthArgs) -> Result<()> {
     let config = args.config()?;
     let weight_bytes = config.weight_bytes()?;
-    check_free_space(&args.dir, weight_bytes + OTHER_FILES_BYTES)?;
+    check_free_space(&args.dir, weight_bytes)?;
+    let interrupt = Interrupt::install()?;
+    if !args.dir.exists() {
+        // Only what we make is ours to remove.
+        interrupt.remove_on_exit(&args.dir);
+    }
     let bar = progress::bytes("writing");
     write_checkpoint(&args.dir, &config, &mut |written, total| progress::set(&bar, written, total))?;
     bar.finish_and_clear();
     let num_parameters = weight_bytes / config.dtype.size_bytes() as u64;
-    println!("{}: {num_parameters} parameters, {}", args.dir.display(), DecimalBytes(weight_bytes));
-    Ok(())
+    let (dir, size) = (args.dir.display(), DecimalBytes(weight_bytes));
+    output::print_line(format_args!("{dir}: {num_parameters} parameters, {size}"))
 }
 
 impl SynthArgs {
@@ -205,7 +212,8 @@ fn preset_help() -> String {
 }
 
 /// Refuse to begin what the disk cannot hold. Where the system does not say how much is free, the writing will tell.
-fn check_free_space(dir: &Path, needed_bytes: u64) -> Result<()> {
+pub(crate) fn check_free_space(dir: &Path, weight_bytes: u64) -> Result<()> {
+    let needed_bytes = weight_bytes.saturating_add(weight_bytes / OTHER_FILES_PART).saturating_add(OTHER_FILES_BYTES);
     let existing = dir.ancestors().find(|path| path.exists()).unwrap_or(Path::new("."));
     match free_bytes(existing) {
         Some(free) if free < needed_bytes => {

@@ -1,15 +1,16 @@
 //! `moge tokenize`: text to token ids, and back.
 
-use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
-use moge_model::{Prefix, TokenId, Tokenizer};
+use moge_model::{ModelConfig, Prefix, TokenId, Tokenizer};
 use serde_json::json;
 
 use crate::conversation::Conversation;
-use crate::session::Frontend;
+use crate::input::read_standard_input;
+use crate::output;
+use crate::session::{Frontend, parse_token_id};
 
 /// Turn text into token ids, or ids into text; prints JSON
 #[derive(Debug, Args)]
@@ -20,48 +21,46 @@ pub(crate) struct TokenizeArgs {
     /// Text to tokenise [default: standard input, byte for byte]
     #[arg(conflicts_with_all = ["chat", "decode"])]
     text: Option<String>,
-    /// Messages as a JSON list, written with the checkpoint's chat template
+    /// File with messages as a JSON list, or {"messages": [..], "tools": [..]}: written with the chat template
     #[arg(long, value_name = "FILE", conflicts_with = "decode")]
     chat: Option<PathBuf>,
     /// Leave out the tokens that every prompt starts with
     #[arg(long, conflicts_with = "decode")]
     no_bos: bool,
     /// Token ids to turn into text
-    #[arg(long, value_name = "ID,ID", value_delimiter = ',')]
-    decode: Option<Vec<u32>>,
+    #[arg(long, value_name = "ID,ID", value_delimiter = ',', value_parser = parse_token_id)]
+    decode: Option<Vec<TokenId>>,
 }
 
 /// Run `moge tokenize`.
 pub(crate) fn run(args: &TokenizeArgs) -> Result<()> {
     if let Some(ids) = &args.decode {
-        let tokenizer = Tokenizer::load(&args.model)?;
-        let ids: Vec<TokenId> = ids.iter().copied().map(TokenId).collect();
-        println!("{}", json!({ "text": tokenizer.decode(&ids) }));
-        return Ok(());
+        return output::print_line(json!({ "text": decode(&args.model, ids)? }));
     }
     let prefix = if args.no_bos { Prefix::Omit } else { Prefix::Add };
     let (tokenizer, text) = match &args.chat {
         Some(file) => {
             let frontend = Frontend::open(&args.model)?;
-            let text = Conversation::from_file(file)?.prompt(&frontend.chat_template()?)?;
+            let conversation = Conversation::from_file(file)?;
+            let text = conversation.prompt(&frontend.chat_template()?).with_context(|| file.display().to_string())?;
             (Tokenizer::load(&args.model)?, text)
         }
         None => {
-            let text = args.text.clone().map_or_else(read_stdin, Ok)?;
+            let text = args.text.clone().map_or_else(read_standard_input, Ok)?;
             (Tokenizer::load(&args.model)?, text)
         }
     };
     let ids = tokenizer.encode(&text, prefix)?;
     let pieces: Vec<String> = ids.iter().map(|&id| tokenizer.piece(id)).collect();
-    println!("{}", json!({ "ids": ids, "pieces": pieces }));
-    Ok(())
+    output::print_line(json!({ "ids": ids, "pieces": pieces }))
 }
 
-fn read_stdin() -> Result<String> {
-    let mut bytes = Vec::new();
-    std::io::stdin().lock().read_to_end(&mut bytes).context("standard input")?;
-    String::from_utf8(bytes).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        anyhow::anyhow!("standard input: not UTF-8 at byte {at}")
-    })
+fn decode(dir: &Path, ids: &[TokenId]) -> Result<String> {
+    let tokenizer = Tokenizer::load(dir)?;
+    // A model may have ids to which its tokenizer gives no text. Where there is no model, the tokenizer decides.
+    let vocab_size = ModelConfig::load(dir).map_or(0, |config| config.vocab_size).max(tokenizer.vocab_size());
+    if let Some(id) = ids.iter().find(|id| id.0 as usize >= vocab_size) {
+        bail!("--decode: {} is no token id of this model; allowed: below {vocab_size}", id.0);
+    }
+    Ok(tokenizer.decode(ids))
 }

@@ -1,0 +1,83 @@
+//! Opening the files of a checkpoint. A directory from the network may hold anything under the names that we look for: a
+//! pipe that never answers, a device that never ends, what Git LFS leaves in place of a file.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::Path;
+
+/// Longest of the files that are read whole, in bytes. The largest known, a `tokenizer.json`, has 20 MB.
+const MAX_WHOLE_BYTES: u64 = 256 << 20;
+
+/// How a Git LFS pointer begins; it stands where `git clone` did not fetch the file itself.
+const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
+
+/// Open a file to read, if it is one.
+pub(crate) fn open_file(path: &Path) -> io::Result<File> {
+    // Asked before opening: to open a named pipe is to wait for its writer.
+    let metadata = fs::metadata(path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound if is_there(path) => io::Error::new(error.kind(), "a link that leads nowhere"),
+        _ => error,
+    })?;
+    if !metadata.is_file() {
+        return Err(io::Error::other("not a regular file"));
+    }
+    let mut start = Vec::new();
+    File::open(path)?.take(LFS_POINTER.len() as u64).read_to_end(&mut start)?;
+    if start == LFS_POINTER {
+        return Err(io::Error::other("only a Git LFS pointer; `git lfs pull` fetches the file itself"));
+    }
+    File::open(path)
+}
+
+/// Read one of the small files.
+pub(crate) fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    let file = open_file(path)?;
+    let num_bytes = file.metadata()?.len();
+    if num_bytes > MAX_WHOLE_BYTES {
+        return Err(io::Error::other(format!("{num_bytes} bytes; allowed: at most {MAX_WHOLE_BYTES}")));
+    }
+    let mut bytes = Vec::with_capacity(num_bytes as usize);
+    file.take(MAX_WHOLE_BYTES).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// The same; `None` if there is nothing under this name. A link that leads nowhere is something, and an error.
+pub(crate) fn read_file_if_there(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    if is_there(path) { read_file(path).map(Some) } else { Ok(None) }
+}
+
+/// True if the directory has an entry of this name, be it a link that leads nowhere.
+pub(crate) fn is_there(path: &Path) -> bool {
+    // What cannot even be asked about is left for the one who opens it to report.
+    !matches!(fs::symlink_metadata(path), Err(error) if error.kind() == io::ErrorKind::NotFound)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_regular_file_of_sensible_size_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        assert_eq!(read_file_if_there(&path).unwrap(), None);
+        fs::write(&path, "{}").unwrap();
+        assert_eq!(read_file_if_there(&path).unwrap().unwrap(), b"{}");
+        File::create(&path).unwrap().set_len(MAX_WHOLE_BYTES + 1).unwrap();
+        assert!(read_file(&path).unwrap_err().to_string().contains("268435457 bytes; allowed: at most 268435456"));
+        fs::write(&path, [LFS_POINTER, b"v1\noid sha256:00\nsize 7\n"].concat()).unwrap();
+        assert!(read_file(&path).unwrap_err().to_string().contains("git lfs pull"));
+        assert!(read_file(dir.path()).unwrap_err().to_string().contains("not a regular file"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_device_that_never_ends_and_a_link_that_leads_nowhere_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (device, broken) = (dir.path().join("device"), dir.path().join("broken"));
+        std::os::unix::fs::symlink("/dev/zero", &device).unwrap();
+        std::os::unix::fs::symlink("absent", &broken).unwrap();
+        assert!(read_file(&device).unwrap_err().to_string().contains("not a regular file"));
+        assert!(read_file_if_there(&broken).unwrap_err().to_string().contains("a link that leads nowhere"));
+    }
+}
