@@ -40,17 +40,18 @@ const CHECK: &[Step] = &[
         env: Some(("RUSTDOCFLAGS", "-D warnings")),
         kind: Kind::Plain,
     },
-    Step { name: "tidy", args: "test --package moge --test tidy", env: None, kind: Kind::Tests },
+    Step { name: "tidy", args: "test --workspace --test tidy", env: None, kind: Kind::Tests },
     // Without `advisories`: they come from a database on the network that changes from day to day.
     Step { name: "deny", args: "deny check bans licenses sources", env: None, kind: Kind::Optional },
 ];
 
 const TEST: &[Step] = &[
     Step { name: "test", args: "test --workspace --no-fail-fast", env: None, kind: Kind::Tests },
-    // The kernels' own tests try every ISA the CPU has; the crates above them take the best one unless told.
+    // The kernels' own tests try every ISA the CPU has; the crates above them take the best one unless told. The whole
+    // workspace again, because a part of it would resolve other features and compile every dependency a second time.
     Step {
         name: "scalar",
-        args: "test --package moge-model --package moge-engine --no-fail-fast",
+        args: "test --workspace --no-fail-fast",
         env: Some(("MOGE_ISA", "scalar")),
         kind: Kind::Tests,
     },
