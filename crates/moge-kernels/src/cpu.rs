@@ -35,12 +35,12 @@ pub fn available_threads() -> usize {
 }
 
 impl Cpu {
-    /// Kernels for `isa` on `num_threads` threads: the calling one and workers that this starts. If they take all CPUs
-    /// that the process may use, each worker is pinned to its own; the calling thread is not. With fewer, two processes
-    /// would pin theirs to the same ones.
+    /// Kernels for `isa` on `num_threads` threads: the calling one and workers that this starts, fewer where the system
+    /// refuses one. If they take all CPUs that the process may use, each worker is pinned to its own; the calling thread
+    /// is not. With fewer, two processes would pin theirs to the same ones.
     ///
     /// # Panics
-    /// If `num_threads` is 0 or above [`MAX_THREADS`], or if the system refuses a thread.
+    /// If `num_threads` is 0 or above [`MAX_THREADS`].
     pub fn new(isa: Isa, num_threads: usize) -> Cpu {
         assert!((1..=MAX_THREADS).contains(&num_threads), "num_threads is {num_threads}, not 1 to {MAX_THREADS}");
         let cpus = allowed_cpus();
@@ -50,7 +50,7 @@ impl Cpu {
                 pin_this_thread(cpus[worker]);
             }
         });
-        Cpu { isa, num_threads, pool: RefCell::new(pool) }
+        Cpu { isa, num_threads: pool.num_threads(), pool: RefCell::new(pool) }
     }
 
     /// The CPU features that kernels use.

@@ -229,7 +229,7 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    /// A pool of `num_threads`, the caller's counted in. Each worker first calls `on_start(worker)`, where
+    /// A pool of `num_threads`, the caller's counted in, or of fewer where the system refuses a thread. Each worker first calls `on_start(worker)`, where
     /// `worker` is in `1..num_threads`. Workers of a `crowded` pool, one with more threads than CPUs, do not spin.
     pub(crate) fn new(num_threads: usize, crowded: bool, on_start: impl Fn(usize) + Send + Sync + 'static) -> Pool {
         let shared = Arc::new(Shared {
@@ -244,15 +244,21 @@ impl Pool {
         });
         let on_start = Arc::new(on_start);
         let workers = (1..num_threads)
-            .map(|worker| {
+            .map_while(|worker| {
                 let (shared, on_start) = (Arc::clone(&shared), Arc::clone(&on_start));
-                thread::spawn(move || {
+                let work = move || {
                     on_start(worker);
                     shared.work(worker);
-                })
+                };
+                thread::Builder::new().spawn(work).ok()
             })
             .collect();
         Pool { shared, workers }
+    }
+
+    /// Threads that there are, the caller's counted in.
+    pub(crate) fn num_threads(&self) -> usize {
+        self.workers.len() + 1
     }
 
     /// Call `body(worker, chunk)` once for each chunk below `num_chunks`, on any worker; the caller is worker 0.

@@ -412,7 +412,9 @@ fn each_part<P: Send, E: Send>(
         Ok(())
     };
     std::thread::scope(|scope| {
-        let threads: Vec<_> = (1..num_threads).map(|_| scope.spawn(run)).collect();
+        // Where the system refuses a thread, the others do its share.
+        let spawn = |_| std::thread::Builder::new().spawn_scoped(scope, run).ok();
+        let threads: Vec<_> = (1..num_threads).map_while(spawn).collect();
         let mut result = run();
         for thread in threads {
             let other = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));

@@ -30,11 +30,12 @@ impl MemoryPlan {
         if needed <= available_bytes {
             return Ok(());
         }
-        let left = available_bytes.saturating_sub(self.weight_bytes);
-        let mut advice = format!("{} would be left for KV cache and workspace", DecimalBytes(left));
-        if self.weight_bytes > available_bytes {
-            advice = "the weights alone do not fit; --allow-paging runs them from disk, slowly".to_owned();
-        }
+        let advice = if self.weight_bytes > available_bytes && !weights_may_page {
+            "the weights alone do not fit; --allow-paging runs mapped ones from disk, slowly".to_owned()
+        } else {
+            let left = available_bytes.saturating_sub(resident.weight_bytes);
+            format!("{} would be left for KV cache and workspace", DecimalBytes(left))
+        };
         bail!("not enough memory: {self} needed, {} available; {advice}", DecimalBytes(available_bytes))
     }
 }

@@ -278,7 +278,10 @@ impl Frontend {
         }
         bar.finish_and_clear();
         let cpu = Cpu::new(isa, num_threads);
-        tracing::info!("{} threads, {}, {activation:?} activations", num_threads, cpu.isa().name());
+        if cpu.num_threads() < num_threads {
+            tracing::warn!("the system allows {} of {num_threads} threads", cpu.num_threads());
+        }
+        tracing::info!("{} threads, {}, {activation:?} activations", cpu.num_threads(), cpu.isa().name());
         let tokenizer = self.tokenizer.as_ref().ok().cloned();
         Ok((Engine::new(model, cpu, tokenizer, &config), start.elapsed()))
     }
