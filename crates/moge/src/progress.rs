@@ -9,6 +9,12 @@ pub(crate) fn bytes(what: &'static str) -> ProgressBar {
     ProgressBar::no_length().with_style(style).with_message(what)
 }
 
+/// A bar that counts `num_items` things and shows the time left.
+pub(crate) fn items(what: &'static str, num_items: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}").expect("the template is right");
+    ProgressBar::new(num_items as u64).with_style(style).with_message(what)
+}
+
 /// Set a bar's place and end.
 pub(crate) fn set(bar: &ProgressBar, done: u64, total: u64) {
     bar.set_length(total);

@@ -1,12 +1,13 @@
 //! `moge generate`: continue one prompt, or a file of them in one batch.
 
-use std::collections::HashMap;
+use std::collections::VecDeque;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use indicatif::ProgressBar;
 use moge_engine::{Engine, FinishReason, Request, RowLogprobs, Sampled, SamplingParams, SeqId, SequenceOutput};
 use moge_model::{Prefix, TokenId};
 use serde::Deserialize;
@@ -15,6 +16,7 @@ use serde_json::{Value, json};
 use crate::input::{read_text_file, without_byte_order_mark};
 use crate::interrupt::Interrupt;
 use crate::output::{print, print_line};
+use crate::progress;
 use crate::session::{Frontend, ModelArgs, SamplingArgs, parse_token_id};
 
 /// Continue a prompt
@@ -109,15 +111,9 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
         prompts.iter().map(|prompt| (prompt.tokens.len().saturating_add(prompt.max_tokens)).min(context)).collect();
     check_prompts(&prompts, &params, &frontend)?;
     let (mut engine, load_time) = frontend.load(&args.model, &sequence_tokens)?;
-    let mut progress = Progress::new(text_only);
-    let generations = generate(&mut engine, prompts, &params, &mut progress)?;
-    if text_only {
-        return print_line("");
-    }
-    for generation in &generations {
-        print_line(generation.to_json(&frontend, &progress, load_time))?;
-    }
-    Ok(())
+    let bar = if many { progress::items("prompts", prompts.len()) } else { ProgressBar::hidden() };
+    let output = if text_only { Output::Text } else { Output::Json { frontend: &frontend, load_time, bar } };
+    generate(&mut engine, prompts, &params, &output)
 }
 
 /// Refuse before the weights are loaded what the engine would refuse after.
@@ -173,21 +169,24 @@ fn read_input(file: &Path, max_tokens: usize, encode: impl Fn(&str) -> Result<Ve
     Ok(prompts)
 }
 
-/// What a run did so far, and whether its text is shown as it comes.
-struct Progress {
-    show_text: bool,
+/// Where answers go.
+enum Output<'a> {
+    /// Text as it is made.
+    Text,
+    /// A JSON line for each prompt, in order, as soon as it and those before it are answered.
+    Json { frontend: &'a Frontend, load_time: Duration, bar: ProgressBar },
+}
+
+/// What the steps so far computed, and how long they took.
+#[derive(Default)]
+struct Timings {
     prefill_tokens: usize,
     prefill_time: Duration,
     decode_tokens: usize,
     decode_time: Duration,
 }
 
-impl Progress {
-    fn new(show_text: bool) -> Progress {
-        let zero = Duration::ZERO;
-        Progress { show_text, prefill_tokens: 0, prefill_time: zero, decode_tokens: 0, decode_time: zero }
-    }
-
+impl Timings {
     /// A step counts as prefill if it computed any prompt token.
     fn add(&mut self, outputs: &[SequenceOutput], time: Duration) {
         let prefilled: usize = outputs.iter().map(|output| output.num_prefilled_tokens).sum();
@@ -203,61 +202,74 @@ impl Progress {
 
 /// One prompt and its continuation.
 struct Generation {
+    id: SeqId,
     prompt: Vec<TokenId>,
     sampled: Vec<Sampled>,
     text: String,
-    finish_reason: FinishReason,
+    finish_reason: Option<FinishReason>,
     prompt_logprobs: Option<Vec<Option<RowLogprobs>>>,
 }
 
-fn generate(
-    engine: &mut Engine,
-    prompts: Vec<Prompt>,
-    params: &SamplingParams,
-    progress: &mut Progress,
-) -> Result<Vec<Generation>> {
-    let mut generations = Vec::with_capacity(prompts.len());
-    let mut index_of: HashMap<SeqId, usize> = HashMap::new();
+fn generate(engine: &mut Engine, prompts: Vec<Prompt>, params: &SamplingParams, output: &Output) -> Result<()> {
+    // In the order of the prompts, so by ascending id; those at the front leave when they are finished.
+    let mut generations = VecDeque::with_capacity(prompts.len());
     for Prompt { tokens, max_tokens, .. } in prompts {
         let sampling = SamplingParams { max_tokens: Some(max_tokens), ..params.clone() };
         let id = engine.add_request(Request { prompt: tokens.clone(), sampling })?;
-        index_of.insert(id, generations.len());
-        generations.push(Generation {
+        generations.push_back(Generation {
+            id,
             prompt: tokens,
             sampled: Vec::new(),
             text: String::new(),
-            finish_reason: FinishReason::Cancelled,
+            finish_reason: None,
             prompt_logprobs: None,
         });
     }
+    let mut timings = Timings::default();
     while engine.has_unfinished() {
         let start = Instant::now();
-        let outputs = engine.step();
-        progress.add(&outputs, start.elapsed());
-        for output in outputs {
-            let generation = &mut generations[index_of[&output.id]];
-            generation.sampled.extend(output.sampled);
-            generation.text += &output.text;
-            if progress.show_text {
-                print(&output.text)?;
+        let step = engine.step();
+        timings.add(&step, start.elapsed());
+        for news in step {
+            if let Output::Text = output {
+                print(&news.text)?;
             }
-            if output.prompt_logprobs.is_some() {
-                generation.prompt_logprobs = output.prompt_logprobs;
+            let index = generations.binary_search_by_key(&news.id, |generation| generation.id);
+            generations[index.expect("an unfinished sequence is in the list")].add(news)?;
+        }
+        while generations.front().is_some_and(|generation| generation.finish_reason.is_some())
+            && let Some(generation) = generations.pop_front()
+        {
+            match output {
+                Output::Text => print_line("")?,
+                Output::Json { frontend, load_time, bar } => {
+                    let line = generation.to_json(frontend, &timings, *load_time);
+                    bar.suspend(|| print_line(line))?;
+                    bar.inc(1);
+                }
             }
-            if output.finish_reason == Some(FinishReason::NoFiniteLogit) {
-                let place = generation.prompt.len() + generation.sampled.len();
-                bail!(
-                    "the model's logits are not numbers at position {place}; `moge inspect --deep` looks for bad weights"
-                );
-            }
-            generation.finish_reason = output.finish_reason.unwrap_or(generation.finish_reason);
         }
     }
-    Ok(generations)
+    Ok(())
 }
 
 impl Generation {
-    fn to_json(&self, frontend: &Frontend, progress: &Progress, load_time: Duration) -> Value {
+    /// Take in what a step did for this sequence.
+    fn add(&mut self, news: SequenceOutput) -> Result<()> {
+        self.sampled.extend(news.sampled);
+        self.text += &news.text;
+        self.prompt_logprobs = news.prompt_logprobs.or(self.prompt_logprobs.take());
+        self.finish_reason = news.finish_reason;
+        if self.finish_reason == Some(FinishReason::NoFiniteLogit) {
+            let place = self.prompt.len() + self.sampled.len();
+            bail!(
+                "the model's logits are not numbers at position {place}; `moge inspect --deep` looks for bad weights"
+            );
+        }
+        Ok(())
+    }
+
+    fn to_json(&self, frontend: &Frontend, timings: &Timings, load_time: Duration) -> Value {
         let piece =
             |token: TokenId| frontend.tokenizer().map(|tokenizer| tokenizer.token_text(token)).unwrap_or_default();
         let entry = |token: TokenId, row: &RowLogprobs| {
@@ -292,10 +304,10 @@ impl Generation {
         });
         object["timings"] = json!({
             "load_ms": milliseconds(load_time),
-            "prefill_ms": milliseconds(progress.prefill_time),
-            "decode_ms": milliseconds(progress.decode_time),
-            "prefill_tokens_per_s": rate(progress.prefill_tokens, progress.prefill_time),
-            "decode_tokens_per_s": rate(progress.decode_tokens, progress.decode_time),
+            "prefill_ms": milliseconds(timings.prefill_time),
+            "decode_ms": milliseconds(timings.decode_time),
+            "prefill_tokens_per_s": rate(timings.prefill_tokens, timings.prefill_time),
+            "decode_tokens_per_s": rate(timings.decode_tokens, timings.decode_time),
         });
         object
     }
