@@ -5,12 +5,12 @@
 
 mod cmd;
 mod conversation;
+mod frontend;
 mod input;
 mod interrupt;
 mod memory;
 mod output;
 mod progress;
-mod session;
 mod thinking;
 
 use std::io::IsTerminal;

@@ -11,9 +11,9 @@ use moge_model::{ChatTemplate, Prefix, Thinking, TokenId, Tokenizer, thinking_to
 use rustyline::error::ReadlineError;
 
 use crate::conversation::Conversation;
+use crate::frontend::{ModelArgs, SamplingArgs};
 use crate::interrupt::Interrupt;
 use crate::output::{is_reader_gone, one_line, print, print_line, say, say_line};
-use crate::session::{ModelArgs, SamplingArgs};
 use crate::thinking::{Part, ThinkingSplitter};
 
 const HELP: &str = "/reset          forget the conversation, keep the system message

@@ -13,11 +13,11 @@ use moge_model::{Prefix, TokenId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::frontend::{Frontend, ModelArgs, SamplingArgs, parse_token_id};
 use crate::input::{read_text_file, without_byte_order_mark};
 use crate::interrupt::Interrupt;
 use crate::output::{print, print_line};
 use crate::progress;
-use crate::session::{Frontend, ModelArgs, SamplingArgs, parse_token_id};
 
 /// Continue a prompt
 #[derive(Debug, Args)]

@@ -8,9 +8,9 @@ use moge_model::{ModelConfig, Prefix, TokenId, Tokenizer};
 use serde_json::json;
 
 use crate::conversation::Conversation;
+use crate::frontend::{Frontend, parse_token_id};
 use crate::input::read_standard_input;
 use crate::output;
-use crate::session::{Frontend, parse_token_id};
 
 /// Turn text into token ids, or ids into text; prints JSON
 #[derive(Debug, Args)]
