@@ -3,8 +3,13 @@
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use serde::de::IgnoredAny;
+use serde::de::{DeserializeOwned, IgnoredAny};
+use serde_json::Value;
 use tokenizers::decoders::DecoderWrapper;
+use tokenizers::models::ModelWrapper;
+use tokenizers::normalizers::NormalizerWrapper;
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::{Model, Tokenizer as HfTokenizer};
 
 use super::TokenizerError;
@@ -30,8 +35,11 @@ impl ByteLevelBpe {
     pub(super) fn from_bytes(json: &[u8], file: &str) -> Result<Self, TokenizerError> {
         let invalid = |problem: String| TokenizerError::Invalid { file: file.to_owned(), problem };
         serde_json::from_slice::<IgnoredAny>(json).map_err(|error| invalid(format!("not JSON: {error}")))?;
-        let mut inner = without_panic(|| HfTokenizer::from_bytes(json))
-            .map_err(|problem| invalid(format!("not a tokenizer: {problem}")))?;
+        let mut inner =
+            without_panic(|| HfTokenizer::from_bytes(json)).map_err(|problem| match unreadable_field(json) {
+                Some(field) => field_error(file, field, format!("not understood: {problem}")),
+                None => invalid(format!("not a tokenizer: {problem}")),
+            })?;
         // How long a prompt may be is decided elsewhere; cutting or padding it here would be silent.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| field_error(file, "truncation", error.to_string()))?;
@@ -90,6 +98,22 @@ fn without_panic<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, S
         Ok(result) => result.map_err(|error| error.to_string()),
         Err(_) => Err("the tokenizers library panicked".into()),
     }
+}
+
+/// The first part of a `tokenizer.json` that the library cannot read by itself; its own message does not say which.
+fn unreadable_field(json: &[u8]) -> Option<&'static str> {
+    fn is_read<T: DeserializeOwned>(part: &Value) -> bool {
+        part.is_null() || without_panic(|| Ok(T::deserialize(part)?)).is_ok()
+    }
+    let file: Value = serde_json::from_slice(json).ok()?;
+    let fields = [
+        ("model", is_read::<ModelWrapper>(&file["model"])),
+        ("normalizer", is_read::<NormalizerWrapper>(&file["normalizer"])),
+        ("pre_tokenizer", is_read::<PreTokenizerWrapper>(&file["pre_tokenizer"])),
+        ("post_processor", is_read::<PostProcessorWrapper>(&file["post_processor"])),
+        ("decoder", is_read::<DecoderWrapper>(&file["decoder"])),
+    ];
+    fields.into_iter().find(|(_, is_read)| !is_read).map(|(field, _)| field)
 }
 
 /// The bytes of every id from 0 to the largest, and where each ends.

@@ -247,6 +247,9 @@ fn damaged_and_unsupported_files_are_refused_by_name() {
     for (json, message) in [
         ("{".to_owned(), "tokenizer.json: not JSON: "),
         (changed("/model/vocab", json!({"a": 4_000_000_000u32})), "tokenizer.json: "),
+        (changed("/model", json!({"type": "BPE", "vocab": 3})), "tokenizer.json: model: not understood: "),
+        (changed("/pre_tokenizer", json!({"type": "Other"})), "tokenizer.json: pre_tokenizer: not understood: "),
+        (changed("/post_processor", json!(7)), "tokenizer.json: post_processor: not understood: "),
         (changed("/decoder", Value::Null), "decoder: decoder \"none\" is not supported; allowed: \"ByteLevel\""),
         (changed("/decoder", metaspace), "decoder: decoder \"Metaspace\" is not supported"),
         (changed("/post_processor/processors/1/single", eos_after), "post_processor: it adds tokens after the text"),
