@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use moge_model::{ModelConfig, Prefix, TokenId, Tokenizer};
+use moge_model::{ChatTemplate, ModelConfig, Prefix, TokenId, Tokenizer};
 use serde_json::json;
 
 use crate::conversation::Conversation;
-use crate::frontend::{Frontend, parse_token_id};
+use crate::frontend::parse_token_id;
 use crate::input::read_standard_input;
 use crate::output;
 
@@ -38,18 +38,14 @@ pub(crate) fn run(args: &TokenizeArgs) -> Result<()> {
         return output::print_line(json!({ "text": decode(&args.model, ids)? }));
     }
     let prefix = if args.no_bos { Prefix::Omit } else { Prefix::Add };
-    let (tokenizer, text) = match &args.chat {
+    let text = match &args.chat {
         Some(file) => {
-            let frontend = Frontend::open(&args.model)?;
-            let conversation = Conversation::from_file(file)?;
-            let text = conversation.prompt(&frontend.chat_template()?).with_context(|| file.display().to_string())?;
-            (Tokenizer::load(&args.model)?, text)
+            let template = ChatTemplate::load(&args.model, ModelConfig::load(&args.model)?.architecture)?;
+            Conversation::from_file(file)?.prompt(&template).with_context(|| file.display().to_string())?
         }
-        None => {
-            let text = args.text.clone().map_or_else(read_standard_input, Ok)?;
-            (Tokenizer::load(&args.model)?, text)
-        }
+        None => args.text.clone().map_or_else(read_standard_input, Ok)?,
     };
+    let tokenizer = Tokenizer::load(&args.model)?;
     let ids = tokenizer.encode(&text, prefix)?;
     let pieces: Vec<String> = ids.iter().map(|&id| tokenizer.piece(id)).collect();
     output::print_line(json!({ "ids": ids, "pieces": pieces }))
