@@ -29,7 +29,7 @@ pub use model::{LoadError, Model};
 pub use moge_kernels::{ActivationType, BlockId, Cpu, Dtype, Isa, MAX_THREADS, SequenceRows, available_threads};
 pub use non_finite::{NonFinite, count_non_finite};
 pub use router::{Route, route_token};
-pub use tokenizer::{Detokenizer, Prefix, SentencePieceError, StopStrings, Tokenizer, TokenizerError};
+pub use tokenizer::{Detokenizer, Prefix, SentencePieceError, StopStrings, Tokenizer, TokenizerError, eos_token_ids};
 pub use weights::{TensorSpec, expected_tensors, tensor_problems};
 pub use workspace::{StepLimits, Trace, Workspace};
 

@@ -13,6 +13,7 @@ use moge_model::synth::write_checkpoint;
 use moge_model::{
     ActivationType, Architecture, BLOCK_SIZE, ChatTemplate, Checkpoint, Cpu, Dtype, GenerationDefaults, Isa, KvCache,
     LoadMode, MAX_THREADS, Model, ModelConfig, TokenId, Tokenizer, TokenizerError, Workspace, available_threads,
+    eos_token_ids,
 };
 use tempfile::TempDir;
 
@@ -146,8 +147,8 @@ impl SamplingArgs {
         self.seed.is_some()
     }
 
-    /// Sampling parameters; `defaults` fill what the command line leaves open. Without a seed, `seed` is taken.
-    pub(crate) fn params(&self, defaults: &GenerationDefaults, seed: u64) -> SamplingParams {
+    /// Sampling parameters; `defaults` fill what the command line leaves open.
+    pub(crate) fn params(&self, defaults: &GenerationDefaults) -> SamplingParams {
         // A file that does not ask for sampling states its temperature in vain.
         let default_temperature = if defaults.is_greedy() { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
         SamplingParams {
@@ -159,7 +160,7 @@ impl SamplingArgs {
             presence_penalty: self.presence_penalty.unwrap_or(0.0),
             frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
             logit_bias: self.logit_bias.iter().copied().collect(),
-            seed: self.seed.unwrap_or(seed),
+            seed: self.seed.unwrap_or(0),
             stop: self.stop.clone(),
             stop_token_ids: self.stop_token_ids.clone(),
             min_tokens: self.min_tokens,
@@ -236,15 +237,6 @@ impl Frontend {
         Ok(ChatTemplate::load(&self.dir, self.config.architecture)?)
     }
 
-    /// Tokens that end a sequence, wherever the checkpoint names them.
-    pub(crate) fn eos_token_ids(&self) -> Vec<TokenId> {
-        let named = match &self.tokenizer {
-            Ok(tokenizer) => tokenizer.eos_token_ids(&self.config.eos_token_ids, &self.defaults),
-            Err(_) => self.config.eos_token_ids.iter().copied().map(TokenId).collect(),
-        };
-        named.into_iter().filter(|id| (id.0 as usize) < self.config.vocab_size).collect()
-    }
-
     /// Load the weights and make an engine that can hold `sequence_tokens`, the greatest length of each sequence.
     /// Returns the engine and the time that loading took.
     pub(crate) fn load(&self, args: &ModelArgs, sequence_tokens: &[usize]) -> Result<(Engine, Duration)> {
@@ -255,6 +247,7 @@ impl Frontend {
         };
         let isa = Isa::select()?;
         let num_threads = args.threads.unwrap_or_else(available_threads);
+        let tokenizer = self.tokenizer.as_ref().ok().cloned();
         let max_running = sequence_tokens.len().clamp(1, MAX_RUNNING);
         let total_tokens: usize = sequence_tokens.iter().sum();
         let mut config = EngineConfig {
@@ -263,7 +256,7 @@ impl Frontend {
             max_batched_tokens: MAX_BATCHED_TOKENS.min(total_tokens).max(max_running),
             max_running,
             max_waiting: sequence_tokens.len().max(1),
-            eos_token_ids: self.eos_token_ids(),
+            eos_token_ids: eos_token_ids(&self.config.eos_token_ids, &self.defaults, tokenizer.as_deref()),
         };
         let longest = sequence_tokens.iter().max().map_or(1, |tokens| tokens.div_ceil(BLOCK_SIZE).max(1));
         self.fit_memory(args, &mut config, longest, num_threads)?;
@@ -282,7 +275,6 @@ impl Frontend {
             tracing::warn!("the system allows {} of {num_threads} threads", cpu.num_threads());
         }
         tracing::info!("{} threads, {}, {activation:?} activations", cpu.num_threads(), cpu.isa().name());
-        let tokenizer = self.tokenizer.as_ref().ok().cloned();
         Ok((Engine::new(model, cpu, tokenizer, &config), start.elapsed()))
     }
 

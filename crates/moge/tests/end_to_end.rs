@@ -108,6 +108,20 @@ fn a_synthetic_model_needs_no_checkpoint() {
 }
 
 #[test]
+fn without_a_tokenizer_the_end_tokens_of_generation_config_still_end_a_sequence() {
+    // 103 stands in both configs of this checkpoint, 101 in generation_config.json only.
+    for end in ["103", "101"] {
+        let bias = format!("{end}=100");
+        let args = ["generate", "-m", &golden("qwen3"), "--tokens", "5,6", "-n", "4", "--logit-bias", &bias];
+        let answer = json_of(moge(&[&args[..], &["--format", "json", "--temperature", "0"]].concat()));
+        assert_eq!(
+            (&answer["finish_reason"], &answer["tokens"]),
+            (&json!("stop"), &json!([end.parse::<u32>().unwrap()]))
+        );
+    }
+}
+
+#[test]
 fn reading_the_weights_gives_the_same_tokens_as_mapping_them() {
     let model = golden("pangu-pro-moe-v1");
     let run = |load: &str, threads: &str| {

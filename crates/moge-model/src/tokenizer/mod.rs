@@ -246,19 +246,6 @@ impl Tokenizer {
         self.bos_id
     }
 
-    /// Tokens that end a sequence: those of `config.json` (`ModelConfig::eos_token_ids`), of
-    /// `generation_config.json` and of the tokenizer's files, each once.
-    pub fn eos_token_ids(&self, config: &[u32], generation: &GenerationDefaults) -> Vec<TokenId> {
-        let mut ids = Vec::new();
-        let generation = generation.eos_token_ids.iter().copied();
-        for id in config.iter().copied().map(TokenId).chain(generation).chain(self.eos_id) {
-            if !ids.contains(&id) {
-                ids.push(id);
-            }
-        }
-        ids
-    }
-
     /// Check that the model has an embedding for every token. A model with more embeddings than tokens is fine:
     /// many are padded, and what has no token decodes to nothing.
     ///
@@ -297,6 +284,20 @@ impl Tokenizer {
             Vocabulary::SentencePiece { .. } => InvalidUtf8::OnePerByte,
         }
     }
+}
+
+/// Tokens that end a sequence, each once: those of `config.json` (`ModelConfig::eos_token_ids`), of
+/// `generation_config.json`, and of the tokenizer's files where there is a tokenizer.
+pub fn eos_token_ids(config: &[u32], generation: &GenerationDefaults, tokenizer: Option<&Tokenizer>) -> Vec<TokenId> {
+    let mut ids = Vec::new();
+    let generation = generation.eos_token_ids.iter().copied();
+    let tokenizer = tokenizer.and_then(|tokenizer| tokenizer.eos_id);
+    for id in config.iter().copied().map(TokenId).chain(generation).chain(tokenizer) {
+        if !ids.contains(&id) {
+            ids.push(id);
+        }
+    }
+    ids
 }
 
 /// Where a decode stands in a run of ordinary SentencePiece pieces; `None` between runs.

@@ -171,12 +171,12 @@ fn end_of_sequence_is_the_union_of_all_files() {
     let tokenizer = load_pangu();
     let unused10 = id(&tokenizer, "[unused10]");
     let expected = [TokenId(7), TokenId(9), TokenId(5), unused10];
-    assert_eq!(tokenizer.eos_token_ids(&[7, 9], &generation), expected);
+    assert_eq!(eos_token_ids(&[7, 9], &generation, Some(&tokenizer)), expected);
     let [_, (_, glm4)] = golden_tokenizers();
     let user = id(&glm4, "<|user|>");
-    assert_eq!(glm4.eos_token_ids(&[user.0], &GenerationDefaults::default()), [user]);
+    assert_eq!(eos_token_ids(&[user.0], &GenerationDefaults::default(), Some(&glm4)), [user]);
     let nothing_stated = Tokenizer::load(sentencepiece_dir(&json!({})).path()).unwrap();
-    assert_eq!(nothing_stated.eos_token_ids(&[], &GenerationDefaults::default()), [TokenId(2)]);
+    assert_eq!(eos_token_ids(&[], &GenerationDefaults::default(), Some(&nothing_stated)), [TokenId(2)]);
 }
 
 #[test]

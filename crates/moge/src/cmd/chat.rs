@@ -70,7 +70,7 @@ pub(crate) fn run(args: &ChatArgs) -> Result<()> {
     let frontend = args.model.open(Some(&interrupt))?;
     let tokenizer = Arc::clone(frontend.tokenizer()?);
     let template = frontend.chat_template()?;
-    let params = SamplingParams { max_tokens: args.max_tokens, ..args.sampling.params(&frontend.defaults, 0) };
+    let params = SamplingParams { max_tokens: args.max_tokens, ..args.sampling.params(&frontend.defaults) };
     params.validate(frontend.config.vocab_size)?;
     let context = args.context.min(frontend.config.max_position_embeddings);
     let (engine, _) = frontend.load(&args.model, &[context])?;

@@ -103,7 +103,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let params = SamplingParams {
         logprobs: args.logprobs,
         prompt_logprobs: args.prompt_logprobs,
-        ..args.sampling.params(&frontend.defaults, 0)
+        ..args.sampling.params(&frontend.defaults)
     };
     let prompts = prompts(args, &frontend)?;
     let context = frontend.config.max_position_embeddings;
