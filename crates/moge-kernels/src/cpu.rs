@@ -81,6 +81,24 @@ impl Cpu {
         self.pool.borrow_mut().run(num_chunks, &body);
     }
 
+    /// Call `body(chunk, slice)` for every `chunk_len` consecutive items of `items`, the last ones perhaps fewer.
+    ///
+    /// # Panics
+    /// As [`Cpu::for_each`], and if `chunk_len` is 0.
+    pub fn for_each_slice<T: Send>(
+        &self,
+        items: &mut [T],
+        chunk_len: usize,
+        body: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        let len = items.len();
+        let items = SharedMut::new(items);
+        self.for_each(len.div_ceil(chunk_len), |chunk| {
+            // SAFETY: Chunks are disjoint.
+            body(chunk, unsafe { items.slice(chunk * chunk_len..len.min((chunk + 1) * chunk_len)) });
+        });
+    }
+
     /// Call `body(rows, slice)` for runs of whole rows of `out`, `[num_rows, row_len]`.
     pub(crate) fn for_each_rows(
         &self,

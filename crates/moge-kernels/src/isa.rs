@@ -1,8 +1,8 @@
 //! Which CPU features kernels use: the only place that asks the CPU.
 
 #[cfg(target_arch = "x86_64")]
-use crate::simd::{Avx2, Avx512};
-use crate::simd::{Scalar, SimdOp};
+use crate::simd::{Avx2, Avx512, Avx512Vnni, AvxVnni};
+use crate::simd::{DotOp, Scalar, SimdOp};
 
 /// A set of CPU features that this CPU has. Only this file makes one, so holding one proves the features.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,7 +14,11 @@ enum Level {
     #[cfg(target_arch = "x86_64")]
     Avx2,
     #[cfg(target_arch = "x86_64")]
+    AvxVnni,
+    #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
 }
 
 /// `MOGE_ISA` names an ISA that this CPU does not have, or none at all.
@@ -39,7 +43,11 @@ const LEVELS: &[Level] = &[
     #[cfg(target_arch = "x86_64")]
     Level::Avx2,
     #[cfg(target_arch = "x86_64")]
+    Level::AvxVnni,
+    #[cfg(target_arch = "x86_64")]
     Level::Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Level::Avx512Vnni,
 ];
 
 impl Level {
@@ -51,6 +59,8 @@ impl Level {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
             }
             #[cfg(target_arch = "x86_64")]
+            Level::AvxVnni => Level::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
+            #[cfg(target_arch = "x86_64")]
             Level::Avx512 => {
                 Level::Avx2.is_available()
                     && is_x86_feature_detected!("avx512f")
@@ -58,6 +68,8 @@ impl Level {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
             }
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Vnni => Level::Avx512.is_available() && is_x86_feature_detected!("avx512vnni"),
         }
     }
 }
@@ -89,7 +101,7 @@ impl Isa {
         Isa(Level::Scalar)
     }
 
-    /// The ISA of this name, if this CPU has it: `scalar`, `avx2` or `avx512`.
+    /// The ISA of this name, if this CPU has it: `scalar`, `avx2`, `avxvnni`, `avx512` or `avx512vnni`.
     pub fn named(name: &str) -> Option<Isa> {
         Isa::available().find(|isa| isa.name() == name)
     }
@@ -101,7 +113,11 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
+            Level::AvxVnni => "avxvnni",
+            #[cfg(target_arch = "x86_64")]
             Level::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Vnni => "avx512vnni",
         }
     }
 
@@ -112,10 +128,27 @@ impl Isa {
             Level::Scalar => op.run(Scalar),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `available` gives this level only if the CPU has the features.
-            Level::Avx2 => unsafe { run_avx2(op) },
+            Level::Avx2 | Level::AvxVnni => unsafe { run_avx2(op) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `available` gives this level only if the CPU has the features.
-            Level::Avx512 => unsafe { run_avx512(op) },
+            Level::Avx512 | Level::Avx512Vnni => unsafe { run_avx512(op) },
+        }
+    }
+
+    /// As [`Isa::run`], for a body that works on integers: VNNI makes a difference to those alone.
+    #[inline]
+    pub(crate) fn run_dot<Op: DotOp>(self, op: Op) -> Op::Output {
+        match self.0 {
+            Level::Scalar => op.run(Scalar),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `available` gives this level only if the CPU has the features.
+            Level::Avx2 | Level::Avx512 => unsafe { dot_avx2(op) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `available` gives this level only if the CPU has the features.
+            Level::AvxVnni => unsafe { dot_avxvnni(op) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `available` gives this level only if the CPU has the features.
+            Level::Avx512Vnni => unsafe { dot_avx512vnni(op) },
         }
     }
 }
@@ -132,6 +165,27 @@ fn run_avx2<Op: SimdOp>(op: Op) -> Op::Output {
 fn run_avx512<Op: SimdOp>(op: Op) -> Op::Output {
     // SAFETY: This function's caller had to know of the same features.
     op.run(unsafe { Avx512::new() })
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dot_avx2<Op: DotOp>(op: Op) -> Op::Output {
+    // SAFETY: This function's caller had to know of the same features.
+    op.run(unsafe { Avx2::new() })
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avxvnni,avx2,fma,f16c")]
+fn dot_avxvnni<Op: DotOp>(op: Op) -> Op::Output {
+    // SAFETY: This function's caller had to know of the same features.
+    op.run(unsafe { AvxVnni::new() })
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+fn dot_avx512vnni<Op: DotOp>(op: Op) -> Op::Output {
+    // SAFETY: This function's caller had to know of the same features.
+    op.run(unsafe { Avx512Vnni::new() })
 }
 
 #[cfg(all(test, not(loom)))]

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use moge_kernels::QUANT_BLOCK_LEN;
 use safetensors::tensor::{Dtype as StoredDtype, Metadata};
 use serde_json::Value;
 use thiserror::Error;
@@ -106,12 +107,24 @@ pub enum TensorProblem {
         expected: Vec<usize>,
     },
     /// It has a type that the engine cannot run.
-    #[error("{name}: dtype is {found}, allowed are F32, F16, BF16")]
+    #[error("{name}: dtype is {found}, allowed are {allowed}")]
     Dtype {
         /// The tensor's name.
         name: String,
         /// Its type.
         found: String,
+        /// Types that it may have.
+        allowed: &'static str,
+    },
+    /// Its width is not one that its quantised format allows.
+    #[error("{name}: {width} columns cannot be {format}, which needs a multiple of {QUANT_BLOCK_LEN} (w4a8), or at most 65536 (w8a8)")]
+    Width {
+        /// The tensor's name.
+        name: String,
+        /// Its columns.
+        width: usize,
+        /// The format.
+        format: &'static str,
     },
 }
 
@@ -140,15 +153,29 @@ impl Storage {
         }
     }
 
+    /// `len` bytes of zero at the range that is returned, which begins at a cache line.
+    pub(crate) fn aligned(len: usize) -> (Storage, Range<usize>) {
+        const LINE_BYTES: usize = 64;
+        let storage = Storage::zeroed(len + LINE_BYTES);
+        let start = storage.bytes().as_ptr().align_offset(LINE_BYTES);
+        (storage, start..start + len)
+    }
+
+    /// The bytes of memory that is not a mapped file; none of one that is.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Storage::Mapped(_) => &mut [],
+            Storage::Owned(words, len) => &mut bytemuck::cast_slice_mut(words)[..*len],
+        }
+    }
+
     fn zeroed(len: usize) -> Storage {
         Storage::Owned(vec![0u64; len.div_ceil(8)], len)
     }
 
     pub(crate) fn copy_of(bytes: &[u8]) -> Storage {
         let mut storage = Storage::zeroed(bytes.len());
-        if let Storage::Owned(words, len) = &mut storage {
-            bytemuck::cast_slice_mut(words)[..*len].copy_from_slice(bytes);
-        }
+        storage.bytes_mut().copy_from_slice(bytes);
         storage
     }
 }
@@ -381,13 +408,10 @@ fn read_file(path: &Path, progress: &(dyn Fn(u64) + Sync)) -> Result<Storage, Ch
     let file = files::open_file(path).map_err(read_error)?;
     let len = file.metadata().map_err(read_error)?.len() as usize;
     let mut storage = Storage::zeroed(len);
-    if let Storage::Owned(words, len) = &mut storage {
-        let bytes = &mut bytemuck::cast_slice_mut::<u64, u8>(words)[..*len];
-        let parts = bytes.chunks_mut(READ_CHUNK_BYTES).enumerate();
-        let read = |(i, part): (usize, &mut [u8])| file.read_exact_at(part, (i * READ_CHUNK_BYTES) as u64);
-        // Network disks answer many requests at once; more threads than cores keep them busy.
-        each_part(parts, 8, read, &|done| progress(done.min(*len as u64))).map_err(read_error)?;
-    }
+    let parts = storage.bytes_mut().chunks_mut(READ_CHUNK_BYTES).enumerate();
+    let read = |(i, part): (usize, &mut [u8])| file.read_exact_at(part, (i * READ_CHUNK_BYTES) as u64);
+    // Network disks answer many requests at once; more threads than cores keep them busy.
+    each_part(parts, 8, read, &|done| progress(done.min(len as u64))).map_err(read_error)?;
     Ok(storage)
 }
 

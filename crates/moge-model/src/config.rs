@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 use thiserror::Error;
 
 use crate::files;
+use crate::quant_scheme::QuantScheme;
 
 /// No size in a config may exceed this; keeps every product of three sizes inside 64 bits.
 const MAX_SIZE: u64 = 1 << 21;
@@ -110,8 +111,10 @@ pub struct ModelConfig {
     pub o_bias: bool,
     /// The MLP of every layer.
     pub mlp: MlpConfig,
-    /// Type that the file says its weights have.
+    /// Type that the file says its weights have, those that are not quantised.
     pub dtype: Dtype,
+    /// Which weights are quantised.
+    pub quant: QuantScheme,
     /// End-of-sequence tokens that the file names.
     pub eos_token_ids: Vec<u32>,
 }
@@ -223,7 +226,6 @@ struct RawConfig<'a> {
 /// A field that is absent or null is neutral too.
 const NEUTRAL: &[(&str, Neutral)] = &[
     ("rope_scaling", Neutral::Null),
-    ("quantization_config", Neutral::Null),
     ("attn_logit_softcapping", Neutral::Null),
     ("final_logit_softcapping", Neutral::Null),
     ("hidden_act", Neutral::Text("silu")),
@@ -337,8 +339,14 @@ impl RawConfig<'_> {
             o_bias,
             mlp,
             dtype: self.dtype()?,
+            quant: self.quant()?,
             eos_token_ids: self.eos_token_ids()?,
         })
+    }
+
+    fn quant(&self) -> Result<QuantScheme, ConfigError> {
+        let Some(value) = self.get("quantization_config") else { return Ok(QuantScheme::default()) };
+        QuantScheme::from_json(value).map_err(|(field, problem)| self.bad(&field, problem))
     }
 
     fn architecture(&self) -> Result<Architecture, ConfigError> {

@@ -11,6 +11,7 @@ mod ids;
 mod kv_cache;
 mod model;
 mod non_finite;
+mod quant_scheme;
 mod router;
 pub mod synth;
 pub mod tokenizer;
@@ -26,11 +27,14 @@ pub use generation_config::{GenerationDefaults, GenerationDefaultsError};
 pub use ids::{ExpertId, TokenId};
 pub use kv_cache::KvCache;
 pub use model::{LoadError, Model};
-pub use moge_kernels::{ActivationType, BlockId, Cpu, Dtype, Isa, MAX_THREADS, SequenceRows, available_threads};
+pub use moge_kernels::{
+    ActivationType, BlockId, Cpu, Dtype, Isa, MAX_THREADS, PackedFormat, SequenceRows, available_threads,
+};
 pub use non_finite::{NonFinite, count_non_finite};
+pub use quant_scheme::{QuantScheme, WeightRole, format_from_name, format_name};
 pub use router::{Route, route_token};
 pub use tokenizer::{Detokenizer, Prefix, SentencePieceError, StopStrings, Tokenizer, TokenizerError, eos_token_ids};
-pub use weights::{TensorSpec, expected_tensors, tensor_problems};
+pub use weights::{PackedSpec, TensorSpec, expected_tensors, tensor_problems};
 pub use workspace::{StepLimits, Trace, Workspace};
 
 /// Tokens that one block of the KV cache holds.

@@ -4,32 +4,85 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use moge_kernels::{Dtype, Elements, Matrix};
+use moge_kernels::{Cpu, Dtype, Elements, Matrix, PANEL_ROWS, PackedFormat, PackedMatrix, pack_panel};
 use safetensors::tensor::Dtype as StoredDtype;
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Storage, StoredTensor, TensorProblem};
 use crate::config::{MlpConfig, ModelConfig, MoeConfig, NormPlacement};
+use crate::quant_scheme::{QuantScheme, WeightRole, format_name};
 
-/// A large tensor, used where it lies in the checkpoint's file: `[rows, cols]`, row-major.
+/// A large tensor, used where it lies in the checkpoint's file, or packed: `[rows, cols]`.
 #[derive(Clone, Debug)]
 pub(crate) struct Weight {
     storage: Arc<Storage>,
     range: Range<usize>,
-    dtype: Dtype,
+    format: Format,
     rows: usize,
     cols: usize,
 }
 
+/// What the bytes of a weight are.
+#[derive(Clone, Copy, Debug)]
+enum Format {
+    /// Numbers, row-major.
+    Plain(Dtype),
+    /// Panels in the packed layout.
+    Packed(PackedFormat),
+}
+
+/// The numbers of a weight, borrowed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum WeightView<'a> {
+    Plain(Matrix<'a>),
+    Packed(PackedMatrix<'a>),
+}
+
 impl Weight {
     /// The numbers, borrowed.
+    pub(crate) fn view(&self) -> WeightView<'_> {
+        match self.format {
+            Format::Plain(_) => WeightView::Plain(self.matrix()),
+            Format::Packed(_) => WeightView::Packed(self.packed()),
+        }
+    }
+
+    /// True if it is in the packed layout.
+    pub(crate) fn is_packed(&self) -> bool {
+        matches!(self.format, Format::Packed(_))
+    }
+
+    /// Its columns: the input width.
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Bytes that it takes.
+    pub(crate) fn num_bytes(&self) -> usize {
+        self.range.len()
+    }
+
+    /// The numbers of a weight that is not packed.
+    ///
+    /// # Panics
+    /// If it is.
     pub(crate) fn matrix(&self) -> Matrix<'_> {
         let bytes = &self.storage.bytes()[self.range.clone()];
-        let elements = match self.dtype {
-            Dtype::F32 => Elements::F32(bytemuck::cast_slice(bytes)),
-            Dtype::F16 => Elements::F16(bytemuck::cast_slice::<u8, f16>(bytes)),
-            Dtype::Bf16 => Elements::Bf16(bytemuck::cast_slice::<u8, bf16>(bytes)),
+        let elements = match self.format {
+            Format::Plain(Dtype::F32) => Elements::F32(bytemuck::cast_slice(bytes)),
+            Format::Plain(Dtype::F16) => Elements::F16(bytemuck::cast_slice::<u8, f16>(bytes)),
+            Format::Plain(Dtype::Bf16) => Elements::Bf16(bytemuck::cast_slice::<u8, bf16>(bytes)),
+            Format::Packed(format) => unreachable!("a {format:?} weight where only plain ones may be"),
         };
         Matrix::new(elements, self.rows, self.cols)
+    }
+
+    /// The panels of a packed weight.
+    ///
+    /// # Panics
+    /// If it is not packed.
+    pub(crate) fn packed(&self) -> PackedMatrix<'_> {
+        let Format::Packed(format) = self.format else { unreachable!("a plain weight among packed ones") };
+        PackedMatrix::new(&self.storage.bytes()[self.range.clone()], format, self.rows, self.cols)
     }
 
     /// `tensor` as a matrix of `rows` x `cols`. Data that is not aligned for its type is copied.
@@ -40,24 +93,49 @@ impl Weight {
         } else {
             (Arc::new(Storage::copy_of(tensor.bytes())), 0..tensor.range.len())
         };
-        Weight { storage, range, dtype, rows, cols }
+        Weight { storage, range, format: Format::Plain(dtype), rows, cols }
     }
 
-    /// The upper and the lower half of the rows.
+    /// Panels as they lie in `bytes` of `tensor`.
+    fn from_panels(tensor: &StoredTensor, format: PackedFormat, bytes: Range<usize>, rows: usize, cols: usize) -> Weight {
+        let range = tensor.range.start + bytes.start..tensor.range.start + bytes.end;
+        Weight { storage: tensor.storage.clone(), range, format: Format::Packed(format), rows, cols }
+    }
+
+    /// A packed copy.
+    fn pack(&self, cpu: &Cpu, format: PackedFormat) -> Weight {
+        let panel_bytes = format.panel_bytes(self.cols);
+        let (mut storage, range) = Storage::aligned(format.weight_bytes(self.rows, self.cols));
+        let bytes = &mut storage.bytes_mut()[range.clone()];
+        let isa = cpu.isa();
+        cpu.for_each_slice(bytes, panel_bytes, |panel, out| {
+            let rows = panel * PANEL_ROWS..self.rows.min((panel + 1) * PANEL_ROWS);
+            pack_panel(isa, format, &widen(self.matrix().slice_rows(rows).elements()), self.cols, out);
+        });
+        Weight { storage: Arc::new(storage), range, format: Format::Packed(format), ..*self }
+    }
+
+    /// The upper and the lower half of the rows of a plain weight.
     fn halves(self) -> [Weight; 2] {
         let middle = self.range.start + self.range.len() / 2;
         let lower = Weight { range: middle..self.range.end, rows: self.rows / 2, ..self.clone() };
         [Weight { range: self.range.start..middle, rows: self.rows / 2, ..self }, lower]
     }
+}
 
-    fn to_f32(&self) -> Vec<f32> {
-        match self.matrix().elements() {
-            Elements::F32(x) => x.to_vec(),
-            Elements::F16(x) => x.iter().map(|x| x.to_f32()).collect(),
-            Elements::Bf16(x) => x.iter().map(|x| x.to_f32()).collect(),
-        }
+/// Numbers of any type as f32.
+fn widen(elements: Elements<'_>) -> Vec<f32> {
+    match elements {
+        Elements::F32(x) => x.to_vec(),
+        Elements::F16(x) => x.iter().map(|x| x.to_f32()).collect(),
+        Elements::Bf16(x) => x.iter().map(|x| x.to_f32()).collect(),
     }
 }
+
+/// Name of the token embedding.
+const EMBEDDING_NAME: &str = "model.embed_tokens.weight";
+/// Name of the output head.
+const HEAD_NAME: &str = "lm_head.weight";
 
 /// Where [`Network::build`] gets its tensors: a checkpoint, or a list of what is wanted.
 pub(crate) trait TensorSource {
@@ -67,10 +145,10 @@ pub(crate) trait TensorSource {
     type Vector;
 
     /// The tensor `name` of shape `[rows, cols]`.
-    fn matrix(&mut self, name: String, rows: usize, cols: usize) -> Self::Matrix;
+    fn matrix(&mut self, name: String, role: WeightRole, rows: usize, cols: usize) -> Self::Matrix;
 
     /// The two halves, `[rows, cols]` each, of the tensor `name` of shape `[2 * rows, cols]`.
-    fn halves(&mut self, name: String, rows: usize, cols: usize) -> [Self::Matrix; 2];
+    fn halves(&mut self, name: String, role: WeightRole, rows: usize, cols: usize) -> [Self::Matrix; 2];
 
     /// The tensor `name` of shape `shape`.
     fn vector(&mut self, name: String, shape: &[usize]) -> Self::Vector;
@@ -168,13 +246,14 @@ impl<M: Clone, V> Network<M, V> {
         source: &mut S,
     ) -> Network<M, V> {
         let hidden = config.hidden_size;
-        let embedding = source.matrix("model.embed_tokens.weight".to_owned(), config.vocab_size, hidden);
+        let embedding = source.matrix(EMBEDDING_NAME.to_owned(), WeightRole::Embedding, config.vocab_size, hidden);
         let layers = (0..config.num_layers).map(|layer| Layer::build(config, layer, source)).collect();
         let final_norm = source.vector("model.norm.weight".to_owned(), &[hidden]);
-        let head = if config.tie_word_embeddings {
+        // A quantised head has its own bytes, tied or not.
+        let head = if config.tie_word_embeddings && config.quant.lm_head.is_none() {
             embedding.clone()
         } else {
-            source.matrix("lm_head.weight".to_owned(), config.vocab_size, hidden)
+            source.matrix(HEAD_NAME.to_owned(), WeightRole::Head, config.vocab_size, hidden)
         };
         Network { embedding, layers, final_norm, head }
     }
@@ -191,7 +270,7 @@ impl<M: Clone, V> Layer<M, V> {
         let norm = |name: &str, source: &mut S| source.vector(format!("{prefix}.{name}.weight"), &[hidden]);
         let linear = |name: &str, rows: usize, cols: usize, bias: bool, source: &mut S| {
             let name = format!("{prefix}.self_attn.{name}");
-            let weight = source.matrix(format!("{name}.weight"), rows, cols);
+            let weight = source.matrix(format!("{name}.weight"), WeightRole::Attention, rows, cols);
             Linear { weight, bias: bias.then(|| source.vector(format!("{name}.bias"), &[rows])) }
         };
         // In a sandwich layer "post_attention_layernorm" is still the norm before the MLP.
@@ -217,7 +296,8 @@ impl<M: Clone, V> Layer<M, V> {
                 }
                 MlpConfig::Dense { intermediate_size } => {
                     let fused = config.norms == NormPlacement::Sandwich;
-                    LayerMlp::Dense(Swiglu::build(&format!("{prefix}.mlp"), hidden, intermediate_size, fused, source))
+                    let role = WeightRole::Mlp;
+                    LayerMlp::Dense(Swiglu::build(&format!("{prefix}.mlp"), role, [intermediate_size, hidden], fused, source))
                 }
             },
         }
@@ -231,13 +311,15 @@ impl<M: Clone, V> Experts<M, V> {
         prefix: &str,
         source: &mut S,
     ) -> Experts<M, V> {
-        let mut swiglu = |name: String, intermediate| Swiglu::build(&name, hidden, intermediate, false, source);
+        let mut swiglu =
+            |name: String, role, intermediate| Swiglu::build(&name, role, [intermediate, hidden], false, source);
         let routed = (0..moe.num_experts)
-            .map(|expert| swiglu(format!("{prefix}.experts.{expert}"), moe.expert_intermediate_size))
+            .map(|e| swiglu(format!("{prefix}.experts.{e}"), WeightRole::Mlp, moe.expert_intermediate_size))
             .collect();
-        let shared = swiglu(format!("{prefix}.shared_expert"), moe.shared_intermediate_size);
+        let shared =
+            swiglu(format!("{prefix}.shared_expert"), WeightRole::SharedExpert, moe.shared_intermediate_size);
         Experts {
-            router: source.matrix(format!("{prefix}.gate.weight"), moe.num_experts, hidden),
+            router: source.matrix(format!("{prefix}.gate.weight"), WeightRole::Router, moe.num_experts, hidden),
             router_scale: source.vector(format!("{prefix}.router_scale"), &[1, moe.num_experts]),
             routed,
             shared,
@@ -246,19 +328,21 @@ impl<M: Clone, V> Experts<M, V> {
 }
 
 impl<M> Swiglu<M> {
+    /// The weights of inner width `intermediate` below `prefix`.
     fn build<S: TensorSource<Matrix = M>>(
         prefix: &str,
-        hidden: usize,
-        intermediate: usize,
+        role: WeightRole,
+        [intermediate, hidden]: [usize; 2],
         fused: bool,
         source: &mut S,
     ) -> Swiglu<M> {
         let gate_up = if fused {
-            source.halves(format!("{prefix}.gate_up_proj.weight"), intermediate, hidden)
+            source.halves(format!("{prefix}.gate_up_proj.weight"), role, intermediate, hidden)
         } else {
-            ["gate_proj", "up_proj"].map(|name| source.matrix(format!("{prefix}.{name}.weight"), intermediate, hidden))
+            ["gate_proj", "up_proj"]
+                .map(|name| source.matrix(format!("{prefix}.{name}.weight"), role, intermediate, hidden))
         };
-        Swiglu { gate_up, down: source.matrix(format!("{prefix}.down_proj.weight"), hidden, intermediate) }
+        Swiglu { gate_up, down: source.matrix(format!("{prefix}.down_proj.weight"), role, hidden, intermediate) }
     }
 }
 
@@ -267,8 +351,30 @@ impl<M> Swiglu<M> {
 pub struct TensorSpec {
     /// Its name in the checkpoint.
     pub name: String,
-    /// Its shape.
+    /// The shape of its numbers; a packed tensor is stored in another, see [`PackedSpec::stored_shape`].
     pub shape: Vec<usize>,
+    /// How it is packed; `None`: its numbers are stored as they are.
+    pub packed: Option<PackedSpec>,
+}
+
+/// How a tensor is packed: one weight, or several of the same shape one after another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PackedSpec {
+    /// The format.
+    pub format: PackedFormat,
+    /// Weights in the tensor: 2 where gate and up are one tensor, else 1.
+    pub num_parts: usize,
+    /// Rows of each.
+    pub rows: usize,
+    /// Columns of each.
+    pub cols: usize,
+}
+
+impl PackedSpec {
+    /// The shape of its bytes: panels, bytes of a panel.
+    pub fn stored_shape(&self) -> [usize; 2] {
+        [self.num_parts * PackedFormat::num_panels(self.rows), self.format.panel_bytes(self.cols)]
+    }
 }
 
 impl TensorSpec {
@@ -276,32 +382,54 @@ impl TensorSpec {
     pub fn num_elements(&self) -> u64 {
         self.shape.iter().map(|&size| size as u64).product()
     }
+
+    /// That its width is not one that its format allows; `None` if it is.
+    pub fn width_problem(&self) -> Option<TensorProblem> {
+        let packed = self.packed.filter(|packed| !packed.format.allows_cols(packed.cols))?;
+        let format = format_name(Some(packed.format));
+        Some(TensorProblem::Width { name: self.name.clone(), width: packed.cols, format })
+    }
+
+    /// The shape that it has in a file.
+    pub fn stored_shape(&self) -> Vec<usize> {
+        self.packed.map_or_else(|| self.shape.clone(), |packed| packed.stored_shape().to_vec())
+    }
 }
 
 /// Every tensor of the network that `config` describes.
 pub fn expected_tensors(config: &ModelConfig) -> Vec<TensorSpec> {
-    let mut list = SpecList(Vec::new());
+    let mut list = SpecList { quant: config.quant, specs: Vec::new() };
     Network::build(config, &mut list);
-    list.0
+    list.specs
 }
 
-struct SpecList(Vec<TensorSpec>);
+struct SpecList {
+    quant: QuantScheme,
+    specs: Vec<TensorSpec>,
+}
+
+impl SpecList {
+    fn add(&mut self, name: String, role: WeightRole, num_parts: usize, [rows, cols]: [usize; 2]) {
+        let packed = self.quant.format(role).map(|format| PackedSpec { format, num_parts, rows, cols });
+        self.specs.push(TensorSpec { name, shape: vec![num_parts * rows, cols], packed });
+    }
+}
 
 impl TensorSource for SpecList {
     type Matrix = ();
     type Vector = ();
 
-    fn matrix(&mut self, name: String, rows: usize, cols: usize) {
-        self.vector(name, &[rows, cols]);
+    fn matrix(&mut self, name: String, role: WeightRole, rows: usize, cols: usize) {
+        self.add(name, role, 1, [rows, cols]);
     }
 
-    fn halves(&mut self, name: String, rows: usize, cols: usize) -> [(); 2] {
-        self.vector(name, &[2 * rows, cols]);
+    fn halves(&mut self, name: String, role: WeightRole, rows: usize, cols: usize) -> [(); 2] {
+        self.add(name, role, 2, [rows, cols]);
         [(); 2]
     }
 
     fn vector(&mut self, name: String, shape: &[usize]) {
-        self.0.push(TensorSpec { name, shape: shape.to_vec() });
+        self.specs.push(TensorSpec { name, shape: shape.to_vec(), packed: None });
     }
 }
 
@@ -309,15 +437,20 @@ impl TensorSource for SpecList {
 pub fn tensor_problems(config: &ModelConfig, checkpoint: &Checkpoint) -> Vec<TensorProblem> {
     let expected = expected_tensors(config);
     let mut problems = Vec::new();
-    for TensorSpec { name, shape } in &expected {
-        match checkpoint.get(name) {
-            None => problems.push(TensorProblem::Missing { name: name.clone(), shape: shape.clone() }),
-            Some(tensor) if tensor.shape() != shape => {
-                let found = tensor.shape().to_vec();
-                problems.push(TensorProblem::Shape { name: name.clone(), found, expected: shape.clone() });
+    for spec in &expected {
+        if let Some(problem) = spec.width_problem() {
+            problems.push(problem);
+            continue;
+        }
+        let (name, shape) = (spec.name.clone(), spec.stored_shape());
+        match checkpoint.get(&name) {
+            None => problems.push(TensorProblem::Missing { name, shape }),
+            Some(tensor) if *tensor.shape() != shape => {
+                problems.push(TensorProblem::Shape { name, found: tensor.shape().to_vec(), expected: shape });
             }
-            Some(tensor) if float_dtype(tensor.dtype()).is_none() => {
-                problems.push(TensorProblem::Dtype { name: name.clone(), found: format!("{:?}", tensor.dtype()) });
+            Some(tensor) if !has_allowed_dtype(spec, tensor.dtype()) => {
+                let allowed = if spec.packed.is_some() { "U8" } else { "F32, F16, BF16" };
+                problems.push(TensorProblem::Dtype { name, found: format!("{:?}", tensor.dtype()), allowed });
             }
             Some(_) => {}
         }
@@ -331,10 +464,17 @@ pub fn tensor_problems(config: &ModelConfig, checkpoint: &Checkpoint) -> Vec<Ten
     problems
 }
 
+fn has_allowed_dtype(spec: &TensorSpec, dtype: StoredDtype) -> bool {
+    match spec.packed {
+        Some(_) => dtype == StoredDtype::U8,
+        None => float_dtype(dtype).is_some(),
+    }
+}
+
 /// Left-overs of training frameworks that carry no weights, and the head's copy of a tied embedding.
 fn is_ignored(config: &ModelConfig, name: &str) -> bool {
     ["rotary_emb.inv_freq", "module", "kv_cache_offset"].iter().any(|part| name.contains(part))
-        || (config.tie_word_embeddings && name == "lm_head.weight")
+        || (config.tie_word_embeddings && name == HEAD_NAME)
 }
 
 fn float_dtype(dtype: StoredDtype) -> Option<Dtype> {
@@ -346,13 +486,21 @@ fn float_dtype(dtype: StoredDtype) -> Option<Dtype> {
     }
 }
 
-/// A checkpoint whose tensors were all checked against the config.
-struct CheckedCheckpoint<'a>(&'a Checkpoint);
+/// A checkpoint whose tensors were all checked against its config.
+struct CheckedCheckpoint<'a> {
+    checkpoint: &'a Checkpoint,
+    quant: QuantScheme,
+}
 
 impl CheckedCheckpoint<'_> {
-    fn tensor(&self, name: &str) -> (&StoredTensor, Dtype) {
-        let tensor = self.0.get(name).expect("checked to be there");
-        (tensor, float_dtype(tensor.dtype()).expect("checked to be a float type"))
+    fn tensor(&self, name: &str) -> &StoredTensor {
+        self.checkpoint.get(name).expect("checked to be there")
+    }
+
+    fn plain(&self, name: &str, rows: usize, cols: usize) -> Weight {
+        let tensor = self.tensor(name);
+        let dtype = float_dtype(tensor.dtype()).expect("checked to be a float type");
+        Weight::from_stored(tensor, dtype, rows, cols)
     }
 }
 
@@ -360,17 +508,68 @@ impl TensorSource for CheckedCheckpoint<'_> {
     type Matrix = Weight;
     type Vector = Vec<f32>;
 
-    fn matrix(&mut self, name: String, rows: usize, cols: usize) -> Weight {
-        let (tensor, dtype) = self.tensor(&name);
-        Weight::from_stored(tensor, dtype, rows, cols)
+    fn matrix(&mut self, name: String, role: WeightRole, rows: usize, cols: usize) -> Weight {
+        match self.quant.format(role) {
+            None => self.plain(&name, rows, cols),
+            Some(format) => {
+                let bytes = 0..format.weight_bytes(rows, cols);
+                Weight::from_panels(self.tensor(&name), format, bytes, rows, cols)
+            }
+        }
     }
 
-    fn halves(&mut self, name: String, rows: usize, cols: usize) -> [Weight; 2] {
-        self.matrix(name, 2 * rows, cols).halves()
+    fn halves(&mut self, name: String, role: WeightRole, rows: usize, cols: usize) -> [Weight; 2] {
+        match self.quant.format(role) {
+            None => self.plain(&name, 2 * rows, cols).halves(),
+            Some(format) => {
+                let len = format.weight_bytes(rows, cols);
+                [0..len, len..2 * len].map(|bytes| Weight::from_panels(self.tensor(&name), format, bytes, rows, cols))
+            }
+        }
     }
 
     fn vector(&mut self, name: String, shape: &[usize]) -> Vec<f32> {
-        self.matrix(name, 1, shape.iter().product()).to_f32()
+        widen(self.plain(&name, 1, shape.iter().product()).matrix().elements())
+    }
+}
+
+/// A checkpoint without packed weights, packed while it is read.
+struct Packing<'a> {
+    checkpoint: CheckedCheckpoint<'a>,
+    cpu: &'a Cpu,
+    scheme: QuantScheme,
+    progress: &'a dyn Fn(u64),
+    bytes_read: u64,
+}
+
+impl Packing<'_> {
+    fn pack(&mut self, weight: Weight, role: WeightRole) -> Weight {
+        self.bytes_read += weight.num_bytes() as u64;
+        let packed = match self.scheme.format(role) {
+            Some(format) => weight.pack(self.cpu, format),
+            None => weight,
+        };
+        (self.progress)(self.bytes_read);
+        packed
+    }
+}
+
+impl TensorSource for Packing<'_> {
+    type Matrix = Weight;
+    type Vector = Vec<f32>;
+
+    fn matrix(&mut self, name: String, role: WeightRole, rows: usize, cols: usize) -> Weight {
+        let name = if self.checkpoint.checkpoint.get(&name).is_none() { EMBEDDING_NAME.to_owned() } else { name };
+        let weight = self.checkpoint.matrix(name, role, rows, cols);
+        self.pack(weight, role)
+    }
+
+    fn halves(&mut self, name: String, role: WeightRole, rows: usize, cols: usize) -> [Weight; 2] {
+        self.checkpoint.halves(name, role, rows, cols).map(|weight| self.pack(weight, role))
+    }
+
+    fn vector(&mut self, name: String, shape: &[usize]) -> Vec<f32> {
+        self.checkpoint.vector(name, shape)
     }
 }
 
@@ -380,10 +579,42 @@ impl Network {
     /// # Errors
     /// If a tensor is missing, unexpected, or of the wrong shape or type; all such tensors are listed.
     pub(crate) fn load(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<Network, CheckpointError> {
-        let problems = tensor_problems(config, checkpoint);
-        if !problems.is_empty() {
-            return Err(CheckpointError::Tensors { dir: checkpoint.dir().display().to_string(), problems });
-        }
-        Ok(Network::build(config, &mut CheckedCheckpoint(checkpoint)))
+        check(config, checkpoint)?;
+        Ok(Network::build(config, &mut CheckedCheckpoint { checkpoint, quant: config.quant }))
     }
+
+    /// As [`Network::load`], packing as `scheme` says the weights of a checkpoint that has none packed. `progress` gets
+    /// the bytes of the checkpoint that were read.
+    ///
+    /// # Errors
+    /// As [`Network::load`], and if a weight has a width that its format does not allow.
+    pub(crate) fn load_packing(
+        config: &ModelConfig,
+        checkpoint: &Checkpoint,
+        cpu: &Cpu,
+        scheme: QuantScheme,
+        progress: &dyn Fn(u64),
+    ) -> Result<Network, CheckpointError> {
+        check(config, checkpoint)?;
+        let packed_config = ModelConfig { quant: scheme, ..config.clone() };
+        check_widths(&packed_config, checkpoint)?;
+        let checkpoint = CheckedCheckpoint { checkpoint, quant: config.quant };
+        Ok(Network::build(&packed_config, &mut Packing { checkpoint, cpu, scheme, progress, bytes_read: 0 }))
+    }
+}
+
+fn check(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<(), CheckpointError> {
+    refuse(checkpoint, tensor_problems(config, checkpoint))
+}
+
+/// Refuse a scheme with a format that some weight's width does not allow.
+fn check_widths(config: &ModelConfig, checkpoint: &Checkpoint) -> Result<(), CheckpointError> {
+    refuse(checkpoint, expected_tensors(config).iter().filter_map(TensorSpec::width_problem).collect())
+}
+
+fn refuse(checkpoint: &Checkpoint, problems: Vec<TensorProblem>) -> Result<(), CheckpointError> {
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(CheckpointError::Tensors { dir: checkpoint.dir().display().to_string(), problems })
 }

@@ -20,6 +20,31 @@ pub struct GroupedRows<'a> {
 }
 
 impl<'a> GroupedRows<'a> {
+    /// Number of dispatched rows.
+    pub(crate) fn num_dispatched(self) -> usize {
+        self.offsets.last().copied().unwrap_or(0)
+    }
+
+    /// Input row of dispatched row `row`.
+    pub(crate) fn source_row(self, row: usize) -> usize {
+        self.source_rows.map_or(row, |rows| rows[row] as usize)
+    }
+
+    /// Check that the offsets begin at 0 and never fall, and that an input of `x_len` numbers has every source row.
+    pub(crate) fn check(self, x_len: usize, width: usize) {
+        assert_eq!(self.offsets.first(), Some(&0), "offsets start at 0");
+        assert!(self.offsets.is_sorted(), "offsets never fall");
+        let num_dispatched = self.num_dispatched();
+        match self.source_rows {
+            None => assert_eq!(x_len, num_dispatched * width, "x of {num_dispatched} x {width}"),
+            Some(source_rows) => {
+                assert_eq!(source_rows.len(), num_dispatched, "number of source rows");
+                let num_rows = x_len.checked_div(width).unwrap_or(usize::MAX);
+                assert!(source_rows.iter().all(|&r| (r as usize) < num_rows), "a source row is not below {num_rows}");
+            }
+        }
+    }
+
     /// The input rows, of `width` numbers each.
     fn input(self, x: &'a [f32], width: usize) -> InputRows<'a> {
         InputRows { x, width, source_rows: self.source_rows }

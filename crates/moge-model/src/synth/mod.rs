@@ -159,7 +159,7 @@ fn write_with_threads(
     claim_directory(dir)?;
     let dtype = weights::stored_dtype(config.dtype);
     let plan = expected_tensors(&model_config).into_iter();
-    let plan = plan.map(|TensorSpec { name, shape }| PlannedTensor { name, dtype, shape }).collect();
+    let plan = plan.map(|TensorSpec { name, shape, .. }| PlannedTensor { name, dtype, shape }).collect();
     let mut writer = CheckpointWriter::create(dir, plan, DEFAULT_MAX_SHARD_BYTES)?;
     let total_bytes = writer.total_bytes();
     let source = Source { seed: config.seed, num_threads };

@@ -1,0 +1,184 @@
+//! Products with packed weights, spread over threads.
+
+use std::ops::Range;
+
+use super::rows::tiles;
+use super::tile::{NO_PRODUCTS, multiply_panel};
+use super::{PANEL_ROWS, PackedFormat, PackedMatrix, QuantizedRows};
+use crate::cpu::{Cpu, SharedMut};
+use crate::elements::ActivationType;
+use crate::swiglu::swiglu;
+
+/// Parts of the work for each thread, so that the last ones to finish wait little.
+const PARTS_PER_THREAD: usize = 8;
+/// Most panels of a part: so often is a tile of inputs used once it is in L2.
+const MAX_PART_PANELS: usize = 8;
+
+/// `out[t, n] = bias[n] + sum over k of x[t, k] * w[n, k]`; no bias adds nothing.
+///
+/// Shapes: `out` `[num_rows, w.rows()]`, `x` `[num_rows, w.cols()]` of one expert, `bias` `[w.rows()]`. Sums as in
+/// [`crate::quant`].
+///
+/// # Panics
+/// If a length does not fit.
+pub fn packed_gemm(cpu: &Cpu, out: &mut [f32], x: &QuantizedRows, w: PackedMatrix<'_>, bias: Option<&[f32]>) {
+    let num_cols = w.rows();
+    assert_eq!(x.width(), w.cols(), "width of x and of the weight");
+    assert_eq!(out.len(), x.num_rows() * num_cols, "out of {} x {num_cols}", x.num_rows());
+    assert!(bias.is_none_or(|bias| bias.len() == num_cols), "length of the bias");
+    let out = SharedMut::new(out);
+    let isa = cpu.isa();
+    for_each_part(cpu, x.offsets(), w.num_panels(), |_, rows, panels| {
+        let mut products = NO_PRODUCTS;
+        for tile in tiles(rows) {
+            for panel in panels.clone() {
+                multiply_panel(isa, w, panel, x.tile(tile.clone()), &mut products);
+                let cols = columns(panel, num_cols);
+                for (row, products) in tile.clone().zip(&products.0) {
+                    // SAFETY: Parts are disjoint in rows or in columns.
+                    let out = unsafe { out.slice(row * num_cols + cols.start..row * num_cols + cols.end) };
+                    match bias {
+                        Some(bias) => {
+                            for (out, (bias, product)) in out.iter_mut().zip(bias[cols.clone()].iter().zip(products)) {
+                                *out = bias + product;
+                            }
+                        }
+                        None => out.copy_from_slice(&products[..cols.len()]),
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// `out[d, i] = silu(gate[i] . x[d]) * (up[i] . x[d])` with `[gate, up] = gate_up(e)` of the expert `e` whose rows hold `d`.
+///
+/// Shapes: `out` `[num_dispatched, inter]`, `x` `[num_dispatched, hidden]`, gate and up `[inter, hidden]`, the same for every
+/// expert. Sums as in [`crate::quant`]. `gate_up` is not asked about experts without rows.
+///
+/// # Panics
+/// If a length does not fit.
+pub fn packed_swiglu<'w>(
+    cpu: &Cpu,
+    out: &mut [f32],
+    x: &QuantizedRows,
+    gate_up: &(dyn Fn(usize) -> [PackedMatrix<'w>; 2] + Sync),
+) {
+    let Some(first) = first_expert(x.offsets()) else {
+        return assert!(out.is_empty(), "out has {} numbers for no row", out.len());
+    };
+    let inter = gate_up(first)[0].rows();
+    assert_eq!(out.len(), x.num_rows() * inter, "out of {} x {inter}", x.num_rows());
+    let out = SharedMut::new(out);
+    let isa = cpu.isa();
+    for_each_part(cpu, x.offsets(), PackedFormat::num_panels(inter), |expert, rows, panels| {
+        let weights = gate_up(expert);
+        for weight in weights {
+            assert_eq!((weight.rows(), weight.cols()), (inter, x.width()), "gate or up of expert {expert}");
+        }
+        let mut products = [NO_PRODUCTS; 2];
+        for tile in tiles(rows) {
+            for panel in panels.clone() {
+                for (weight, products) in weights.into_iter().zip(&mut products) {
+                    multiply_panel(isa, weight, panel, x.tile(tile.clone()), products);
+                }
+                let cols = columns(panel, inter);
+                let [gate, up] = &products;
+                for (row, (gate, up)) in tile.clone().zip(gate.0.iter().zip(&up.0)) {
+                    // SAFETY: Parts are disjoint in expert, hence in rows, or in columns.
+                    let out = unsafe { out.slice(row * inter + cols.start..row * inter + cols.end) };
+                    swiglu(isa, out, &gate[..cols.len()], &up[..cols.len()], ActivationType::F32);
+                }
+            }
+        }
+    });
+}
+
+/// Experts' last products and where they go: see [`packed_experts_down`].
+#[derive(Clone, Copy)]
+pub struct Experts<'a, 'w> {
+    /// Inner activations of the dispatched rows, `[num_dispatched, inter]`.
+    pub inner: &'a QuantizedRows,
+    /// The down projection of an expert, `[hidden, inter]`.
+    pub down: &'a (dyn Fn(usize) -> PackedMatrix<'w> + Sync),
+    /// Row of the residual stream of each dispatched row.
+    pub source_rows: &'a [u32],
+    /// Factor of each dispatched row.
+    pub weights: &'a [f32],
+}
+
+/// `residual[t] += sum over experts e in order, sum over the rows d of e that belong to t: weights[d] * (down(e) . inner[d])`,
+/// added to the residual stream one after another: the last products of experts and their weighted sum in one.
+///
+/// Shapes: `residual` `[num_rows, hidden]`. Every part of the work has some columns of all rows, so the order of a
+/// row's sum is that of its experts.
+///
+/// # Panics
+/// If a length does not fit or a source row is out of bounds.
+pub fn packed_experts_down(cpu: &Cpu, residual: &mut [f32], hidden: usize, experts: Experts<'_, '_>) {
+    let Experts { inner, down, source_rows, weights } = experts;
+    let num_rows = residual.len() / hidden;
+    assert_eq!(residual.len(), num_rows * hidden, "residual in rows of {hidden}");
+    assert!(source_rows.len() == inner.num_rows() && weights.len() == inner.num_rows(), "rows of the experts");
+    assert!(source_rows.iter().all(|&row| (row as usize) < num_rows), "a source row is not below {num_rows}");
+    let residual = SharedMut::new(residual);
+    let isa = cpu.isa();
+    let num_panels = PackedFormat::num_panels(hidden);
+    let part_panels = part_panels(cpu, num_panels);
+    cpu.for_each(num_panels.div_ceil(part_panels), |part| {
+        let panels = part * part_panels..num_panels.min((part + 1) * part_panels);
+        let mut products = NO_PRODUCTS;
+        for (expert, pair) in inner.offsets().windows(2).enumerate().filter(|(_, pair)| pair[0] != pair[1]) {
+            let weight = down(expert);
+            assert_eq!((weight.rows(), weight.cols()), (hidden, inner.width()), "down of expert {expert}");
+            for tile in tiles(pair[0]..pair[1]) {
+                for panel in panels.clone() {
+                    multiply_panel(isa, weight, panel, inner.tile(tile.clone()), &mut products);
+                    let cols = columns(panel, hidden);
+                    for (row, products) in tile.clone().zip(&products.0) {
+                        let start = source_rows[row] as usize * hidden;
+                        // SAFETY: Parts are disjoint in columns.
+                        let residual = unsafe { residual.slice(start + cols.start..start + cols.end) };
+                        for (residual, product) in residual.iter_mut().zip(products) {
+                            *residual += weights[row] * product;
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// The columns of an output of `num_cols` that a panel has.
+fn columns(panel: usize, num_cols: usize) -> Range<usize> {
+    panel * PANEL_ROWS..num_cols.min((panel + 1) * PANEL_ROWS)
+}
+
+/// The first expert that has rows.
+fn first_expert(offsets: &[usize]) -> Option<usize> {
+    offsets.windows(2).position(|pair| pair[0] != pair[1])
+}
+
+/// Panels of a part, so that all threads stay busy with `total_panels`.
+fn part_panels(cpu: &Cpu, total_panels: usize) -> usize {
+    (total_panels / (PARTS_PER_THREAD * cpu.num_threads())).clamp(1, MAX_PART_PANELS)
+}
+
+/// Call `body(expert, dispatched rows, panels)` for every expert that has rows and every run of its panels.
+fn for_each_part(
+    cpu: &Cpu,
+    offsets: &[usize],
+    num_panels: usize,
+    body: impl Fn(usize, Range<usize>, Range<usize>) + Sync,
+) {
+    let with_rows = || offsets.windows(2).enumerate().filter(|(_, pair)| pair[0] != pair[1]);
+    let num_experts = with_rows().count();
+    let part_panels = part_panels(cpu, num_experts * num_panels);
+    let parts_per_expert = num_panels.div_ceil(part_panels);
+    cpu.for_each(num_experts * parts_per_expert, |chunk| {
+        if let Some((expert, pair)) = with_rows().nth(chunk / parts_per_expert) {
+            let first = chunk % parts_per_expert * part_panels;
+            body(expert, pair[0]..pair[1], first..num_panels.min(first + part_panels));
+        }
+    });
+}
