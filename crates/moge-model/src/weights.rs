@@ -97,7 +97,13 @@ impl Weight {
     }
 
     /// Panels as they lie in `bytes` of `tensor`.
-    fn from_panels(tensor: &StoredTensor, format: PackedFormat, bytes: Range<usize>, rows: usize, cols: usize) -> Weight {
+    fn from_panels(
+        tensor: &StoredTensor,
+        format: PackedFormat,
+        bytes: Range<usize>,
+        rows: usize,
+        cols: usize,
+    ) -> Weight {
         let range = tensor.range.start + bytes.start..tensor.range.start + bytes.end;
         Weight { storage: tensor.storage.clone(), range, format: Format::Packed(format), rows, cols }
     }
@@ -297,7 +303,13 @@ impl<M: Clone, V> Layer<M, V> {
                 MlpConfig::Dense { intermediate_size } => {
                     let fused = config.norms == NormPlacement::Sandwich;
                     let role = WeightRole::Mlp;
-                    LayerMlp::Dense(Swiglu::build(&format!("{prefix}.mlp"), role, [intermediate_size, hidden], fused, source))
+                    LayerMlp::Dense(Swiglu::build(
+                        &format!("{prefix}.mlp"),
+                        role,
+                        [intermediate_size, hidden],
+                        fused,
+                        source,
+                    ))
                 }
             },
         }
@@ -316,8 +328,7 @@ impl<M: Clone, V> Experts<M, V> {
         let routed = (0..moe.num_experts)
             .map(|e| swiglu(format!("{prefix}.experts.{e}"), WeightRole::Mlp, moe.expert_intermediate_size))
             .collect();
-        let shared =
-            swiglu(format!("{prefix}.shared_expert"), WeightRole::SharedExpert, moe.shared_intermediate_size);
+        let shared = swiglu(format!("{prefix}.shared_expert"), WeightRole::SharedExpert, moe.shared_intermediate_size);
         Experts {
             router: source.matrix(format!("{prefix}.gate.weight"), WeightRole::Router, moe.num_experts, hidden),
             router_scale: source.vector(format!("{prefix}.router_scale"), &[1, moe.num_experts]),

@@ -216,7 +216,11 @@ fn fit(weights: &[f32], scale: f32, max_level: f32) -> Fit {
         squares[i] += level * level;
     }
     let (product, square): (f32, f32) = (products.iter().sum(), squares.iter().sum());
-    if square == 0.0 { Fit { scale: 0.0, gain: 0.0 } } else { Fit { scale: product / square, gain: product * product / square } }
+    if square == 0.0 {
+        Fit { scale: 0.0, gain: 0.0 }
+    } else {
+        Fit { scale: product / square, gain: product * product / square }
+    }
 }
 
 #[inline(always)]
