@@ -407,6 +407,15 @@ impl TensorSpec {
     }
 }
 
+/// Bytes that the tensors of a network take in a file, those that are not packed in the type that `config` states.
+pub fn weight_bytes(config: &ModelConfig) -> u64 {
+    let bytes = |spec: &TensorSpec| match &spec.packed {
+        Some(packed) => packed.stored_shape().iter().map(|&size| size as u64).product(),
+        None => spec.num_elements().saturating_mul(config.dtype.size_bytes() as u64),
+    };
+    expected_tensors(config).iter().map(bytes).fold(0, u64::saturating_add)
+}
+
 /// Every tensor of the network that `config` describes.
 pub fn expected_tensors(config: &ModelConfig) -> Vec<TensorSpec> {
     let mut list = SpecList { quant: config.quant, specs: Vec::new() };
