@@ -122,10 +122,20 @@ impl SimdOp for Read<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let mut largest = [simd.splat(0.0); 8];
-        for run in self.0.chunks_exact(8 * S::LANES) {
-            for (largest, numbers) in largest.iter_mut().zip(run.chunks_exact(S::LANES)) {
-                *largest = simd.max(*largest, simd.load(numbers));
+        /// Places of the piece that are read side by side: a Zen 3 core reads four at 22 GB/s, and one at 16.
+        const NUM_STREAMS: usize = 4;
+        const NUM_REGISTERS: usize = 8;
+        let stream_len = self.0.len() / NUM_STREAMS;
+        let step_len = NUM_REGISTERS * S::LANES;
+        let mut largest = [simd.splat(0.0); NUM_REGISTERS];
+        for step in 0..stream_len / step_len {
+            for stream in 0..NUM_STREAMS {
+                for register in 0..NUM_REGISTERS {
+                    let place = stream * stream_len + step * step_len + register * S::LANES;
+                    // SAFETY: A step's numbers lie inside their stream, and the streams inside the piece.
+                    let numbers = unsafe { simd.load_f32(self.0.as_ptr().add(place)) };
+                    largest[register] = simd.max(largest[register], numbers);
+                }
             }
         }
         black_box(largest);
