@@ -11,9 +11,11 @@ mod ids;
 mod kv_cache;
 mod model;
 mod non_finite;
+mod profile;
 mod router;
 pub mod synth;
 pub mod tokenizer;
+mod weight_bytes;
 mod weights;
 mod workspace;
 
@@ -28,8 +30,10 @@ pub use kv_cache::KvCache;
 pub use model::{LoadError, Model};
 pub use moge_kernels::{ActivationType, BlockId, Cpu, Dtype, Isa, MAX_THREADS, SequenceRows, available_threads};
 pub use non_finite::{NonFinite, count_non_finite};
+pub use profile::{Operator, Profile};
 pub use router::{Route, route_token};
 pub use tokenizer::{Detokenizer, Prefix, SentencePieceError, StopStrings, Tokenizer, TokenizerError, eos_token_ids};
+pub use weight_bytes::{LayerBytes, WeightBytes};
 pub use weights::{TensorSpec, expected_tensors, tensor_problems};
 pub use workspace::{StepLimits, Trace, Workspace};
 

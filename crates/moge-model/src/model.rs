@@ -11,7 +11,8 @@ use thiserror::Error;
 use crate::router::route_token;
 use crate::weights::{Experts, Layer, LayerMlp, Linear, Network, Swiglu};
 use crate::{
-    Batch, Checkpoint, CheckpointError, ConfigError, KvCache, LoadMode, MlpConfig, ModelConfig, RopeConfig, Workspace,
+    Batch, Checkpoint, CheckpointError, ConfigError, KvCache, LoadMode, MlpConfig, ModelConfig, Operator, RopeConfig,
+    WeightBytes, Workspace,
 };
 
 /// Why a model cannot be loaded.
@@ -57,6 +58,11 @@ impl Model {
         &self.checkpoint
     }
 
+    /// Sizes of the weights as they are stored.
+    pub fn weight_bytes(&self) -> WeightBytes {
+        WeightBytes::of(&self.network)
+    }
+
     /// One step: write the keys and values of all rows, leave the wanted logits in `work`.
     ///
     /// The numbers of a row depend on its sequence alone, bit for bit: not on the other rows of the batch, on how a
@@ -69,6 +75,7 @@ impl Model {
         assert_eq!(kv_cache.layers.len(), self.network.layers.len(), "layers of the KV cache and of the network");
         work.begin(batch, &self.inverse_frequencies);
         embed(cpu, &mut work.hidden, self.network.embedding.matrix(), &work.tokens);
+        work.profile.mark(Operator::Embed);
         for (layer, kv) in self.network.layers.iter().zip(&mut kv_cache.layers) {
             work.trace_hidden();
             self.attention(cpu, layer, batch, kv, work);
@@ -83,9 +90,11 @@ impl Model {
         let Workspace { hidden, normed, q, k, v, attention, projected, activation, .. } = work;
         let eps = self.config.rms_norm_eps;
         rms_norm(cpu, normed, hidden, &layer.attention_norm, eps, *activation);
+        work.profile.mark(Operator::Norm);
         linear(cpu, q, normed, &layer.q);
         linear(cpu, k, normed, &layer.k);
         linear(cpu, v, normed, &layer.v);
+        work.profile.mark(Operator::Qkv);
         if let Some([q_norm, k_norm]) = &layer.qk_norms {
             rms_norm_in_place(cpu, q, q_norm, eps, ActivationType::F32);
             rms_norm_in_place(cpu, k, k_norm, eps, ActivationType::F32);
@@ -94,25 +103,32 @@ impl Model {
         rope(cpu, q, angles, self.rope_head(), *activation);
         rope(cpu, k, angles, self.rope_head(), *activation);
         kv.write(cpu, k, v, &batch.sequences);
+        work.profile.mark(Operator::RopeAndKvWrite);
         paged_attention(cpu, attention, q, kv, &batch.sequences, &mut work.attention_scratch);
+        work.profile.mark(Operator::Attention);
         linear(cpu, projected, attention, &layer.o);
+        work.profile.mark(Operator::OutputProjection);
         if let Some(post_norms) = &layer.post_norms {
             rms_norm_in_place(cpu, projected, &post_norms.attention, eps, ActivationType::F32);
         }
         add(cpu, hidden, projected);
+        work.profile.mark(Operator::Norm);
     }
 
     /// `hidden += [norm] mlp(norm(hidden))`.
     fn mlp(&self, cpu: &Cpu, layer: &Layer, work: &mut Workspace) {
         let eps = self.config.rms_norm_eps;
         rms_norm(cpu, &mut work.normed, &work.hidden, &layer.mlp_norm, eps, work.activation);
+        work.profile.mark(Operator::Norm);
         match &layer.mlp {
             LayerMlp::Dense(mlp) => {
                 dense_mlp(cpu, mlp, work);
+                work.profile.mark(Operator::DenseMlp);
                 if let Some(post_norms) = &layer.post_norms {
                     rms_norm_in_place(cpu, &mut work.projected, &post_norms.mlp, eps, ActivationType::F32);
                 }
                 add(cpu, &mut work.hidden, &work.projected);
+                work.profile.mark(Operator::Norm);
             }
             LayerMlp::GroupedExperts(experts) => self.experts(cpu, experts, work),
         }
@@ -129,15 +145,21 @@ impl Model {
         }
         work.trace_routes();
         work.dispatch.sort(moe, &work.routes);
+        work.experts_hit.push(work.dispatch.num_experts_hit());
+        work.profile.mark(Operator::Router);
         dense_mlp(cpu, &experts.shared, work);
+        work.profile.mark(Operator::SharedExpert);
         let Workspace { hidden, normed, inner, expert_out, projected, dispatch, activation, .. } = work;
         let rows = GroupedRows { offsets: &dispatch.offsets, source_rows: Some(&dispatch.source_rows) };
         let inner = &mut inner[..dispatch.source_rows.len() * moe.expert_intermediate_size];
         let gate_up = |e: usize| experts.routed[e].gate_up.each_ref().map(|weight| weight.matrix());
         grouped_swiglu(cpu, inner, normed, rows, &gate_up, *activation);
+        work.profile.mark(Operator::RoutedGateUp);
         let rows = GroupedRows { source_rows: None, ..rows };
         grouped_gemm(cpu, expert_out, inner, rows, &|e| experts.routed[e].down.matrix());
+        work.profile.mark(Operator::RoutedDown);
         combine(cpu, hidden, expert_out, &dispatch.slots, &dispatch.weights, projected);
+        work.profile.mark(Operator::Combine);
     }
 
     fn rope_head(&self) -> RopeHead {
@@ -157,6 +179,7 @@ impl Model {
         work.normed.truncate(work.projected.len());
         rms_norm(cpu, &mut work.normed, &work.projected, &self.network.final_norm, eps, work.activation);
         gemm(cpu, &mut work.logits, &work.normed, self.network.head.matrix(), None);
+        work.profile.mark(Operator::Head);
     }
 }
 
