@@ -113,50 +113,48 @@ impl Case {
         Workspace::new(config, activation, self.limits(cpu.num_threads()))
     }
 
-    /// The steps of one repetition.
-    pub(crate) fn steps(self, tokens: &mut RandomTokens) -> Vec<Batch> {
+    /// Steps of one repetition.
+    pub(crate) fn num_steps(self) -> usize {
         match self {
-            Case::Prefill { .. } => self.prefill_steps(tokens),
-            Case::Decode { steps, batch, context } => {
-                let sequence = |index, step| SequenceRows {
-                    num_rows: 1,
-                    first_position: context + step,
-                    block_table: self.block_table(index),
-                };
-                let step = |step| Batch {
-                    tokens: tokens.take(batch),
-                    sequences: (0..batch).map(|index| sequence(index, step)).collect(),
-                    logit_rows: (0..batch as u32).collect(),
-                };
-                (0..steps).map(step).collect()
-            }
+            Case::Prefill { tokens, prompts } => (tokens * prompts).div_ceil(MAX_BATCHED_TOKENS),
+            Case::Decode { steps, .. } => steps,
         }
     }
 
-    /// The rows of all prompts in order, cut into steps.
-    fn prefill_steps(self, random: &mut RandomTokens) -> Vec<Batch> {
-        let mut steps = Vec::new();
-        let mut step = Batch::default();
-        for prompt in 0..self.batch() {
-            let mut done = 0;
-            while done < self.tokens() {
-                let num_rows = (self.tokens() - done).min(MAX_BATCHED_TOKENS - step.num_rows());
-                step.tokens.extend(random.take(num_rows));
-                let block_table = self.block_table(prompt);
-                step.sequences.push(SequenceRows { num_rows, first_position: done, block_table });
-                done += num_rows;
-                if done == self.tokens() {
-                    step.logit_rows.push(step.num_rows() as u32 - 1);
+    /// Step `index` of a repetition.
+    pub(crate) fn step(self, index: usize, random: &mut RandomTokens) -> Batch {
+        match self {
+            Case::Prefill { tokens, prompts } => {
+                // The rows of all prompts in order, cut into steps.
+                let first_row = index * MAX_BATCHED_TOKENS;
+                let end = (tokens * prompts).min(first_row + MAX_BATCHED_TOKENS);
+                let mut step = Batch { tokens: random.take(end - first_row), ..Batch::default() };
+                let mut row = first_row;
+                while row < end {
+                    let (prompt, first_position) = (row / tokens, row % tokens);
+                    let num_rows = (tokens - first_position).min(end - row);
+                    let block_table = self.block_table(prompt);
+                    step.sequences.push(SequenceRows { num_rows, first_position, block_table });
+                    row += num_rows;
+                    if row.is_multiple_of(tokens) {
+                        step.logit_rows.push((row - first_row - 1) as u32);
+                    }
                 }
-                if step.num_rows() == MAX_BATCHED_TOKENS {
-                    steps.push(std::mem::take(&mut step));
+                step
+            }
+            Case::Decode { batch, context, .. } => {
+                let rows = |sequence| SequenceRows {
+                    num_rows: 1,
+                    first_position: context + index,
+                    block_table: self.block_table(sequence),
+                };
+                Batch {
+                    tokens: random.take(batch),
+                    sequences: (0..batch).map(rows).collect(),
+                    logit_rows: (0..batch as u32).collect(),
                 }
             }
         }
-        if step.num_rows() > 0 {
-            steps.push(step);
-        }
-        steps
     }
 
     fn sequence_tokens(self) -> usize {
@@ -232,6 +230,11 @@ impl Random {
 mod tests {
     use super::*;
 
+    fn steps(case: Case, vocab_size: usize) -> Vec<Batch> {
+        let mut tokens = RandomTokens::new(vocab_size);
+        (0..case.num_steps()).map(|index| case.step(index, &mut tokens)).collect()
+    }
+
     /// Rows, first position and blocks of each sequence of each step.
     fn layout(steps: &[Batch]) -> Vec<Vec<(usize, usize, u32)>> {
         let of = |rows: &SequenceRows| (rows.num_rows, rows.first_position, rows.block_table[0].0);
@@ -241,18 +244,23 @@ mod tests {
     #[test]
     fn prompts_fill_steps_one_after_another_and_want_their_last_row_only() {
         let case = Case::Prefill { tokens: 700, prompts: 2 };
-        let steps = case.steps(&mut RandomTokens::new(10_000));
+        let steps = steps(case, 10_000);
         assert_eq!(layout(&steps), [vec![(512, 0, 0)], vec![(188, 512, 0), (324, 0, 22)], vec![(376, 324, 22)]]);
         let wanted: Vec<&[u32]> = steps.iter().map(|step| &step.logit_rows[..]).collect();
         assert_eq!(wanted, [&[][..], &[187], &[375]]);
-        assert!(steps.iter().all(|step| step.num_rows() <= case.limits(1).max_rows));
+        assert!(
+            steps
+                .iter()
+                .all(|step| step.tokens.len() == step.sequences.iter().map(|rows| rows.num_rows).sum::<usize>())
+        );
+        assert_eq!(case.limits(1).max_rows, 512);
         assert_eq!(case.limits(1).max_logit_rows, 2);
     }
 
     #[test]
     fn decode_steps_follow_the_context_with_tokens_of_their_own() {
         let case = Case::Decode { steps: 3, batch: 2, context: 31 };
-        let steps = case.steps(&mut RandomTokens::new(100));
+        let steps = steps(case, 100);
         assert_eq!(layout(&steps), [[(1, 31, 0), (1, 31, 2)], [(1, 32, 0), (1, 32, 2)], [(1, 33, 0), (1, 33, 2)]]);
         let mut tokens: Vec<TokenId> = steps.iter().flat_map(|step| step.tokens.clone()).collect();
         tokens.sort();

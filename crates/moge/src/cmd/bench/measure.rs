@@ -6,7 +6,7 @@ use moge_model::{ActivationType, BLOCK_SIZE, Batch, Cpu, KvCache, Model, WeightB
 
 use super::case::{Case, RandomTokens};
 use super::ceilings::{Ceiling, Ceilings};
-use super::report::{CaseReport, OperatorTime, Repetition};
+use super::report::{CaseReport, Repetition};
 use super::work::{step_bytes, step_ops};
 use crate::progress;
 
@@ -26,12 +26,11 @@ pub(crate) struct Effort {
     pub(crate) profile: bool,
 }
 
-/// What all repetitions of a case add up to.
-#[derive(Default)]
-struct Totals {
-    num_steps: usize,
-    experts_hit: usize,
-    num_routed_layers: usize,
+/// What the steps of a case change.
+struct Memory {
+    tokens: RandomTokens,
+    kv_cache: KvCache,
+    work: Workspace,
 }
 
 impl<'a> Bench<'a> {
@@ -42,59 +41,56 @@ impl<'a> Bench<'a> {
 
     /// Run a case again and again.
     pub(crate) fn measure(&self, case: Case, effort: Effort) -> CaseReport {
-        let config = self.model.config();
         let bar = progress::items(case.to_string(), effort.repetitions);
         bar.tick();
-        let mut kv_cache = case.kv_cache(self.cpu, config, self.activation);
-        let mut work = case.workspace(self.cpu, config, self.activation);
-        let mut tokens = RandomTokens::new(config.vocab_size);
+        let config = self.model.config();
+        let mut memory = Memory {
+            tokens: RandomTokens::new(config.vocab_size),
+            kv_cache: case.kv_cache(self.cpu, config, self.activation),
+            work: case.workspace(self.cpu, config, self.activation),
+        };
         // The first step is slower than others: it touches memory that nobody has touched.
-        self.model.forward(self.cpu, &case.steps(&mut tokens)[0], &mut kv_cache, &mut work);
+        self.step(&case.step(0, &mut memory.tokens), &mut memory);
         if effort.profile {
-            work.record_profile();
+            memory.work.record_profile();
         }
-        let mut totals = Totals::default();
-        let mut repetitions = Vec::new();
         let mut before = self.ceilings.measure(case.ceiling());
+        let mut repetitions = Vec::with_capacity(effort.repetitions);
         for _ in 0..effort.repetitions {
-            let steps = case.steps(&mut tokens);
-            let (seconds, work) = self.repeat(case.ceiling(), &steps, &mut kv_cache, &mut work, &mut totals);
+            let repetition = self.repeat(case, &mut memory);
             let after = self.ceilings.measure(case.ceiling());
-            repetitions.push(Repetition { seconds, work: work as f64, ceiling: (before + after) / 2.0 });
+            repetitions.push(Repetition { ceiling: (before + after) / 2.0, ..repetition });
             before = after;
             bar.inc(1);
         }
         bar.finish_and_clear();
-        let experts_hit = totals.experts_hit as f64 / totals.num_routed_layers as f64;
-        let experts_hit = (totals.num_routed_layers > 0).then_some(experts_hit);
-        let profile = work.profile().map(|profile| OperatorTime::list(profile, totals.num_steps));
-        CaseReport::new(case, &repetitions, experts_hit, profile)
+        CaseReport::new(case, &repetitions, memory.work.profile())
     }
 
-    /// Compute `steps`; returns the seconds they took, and the operations or bytes of `ceiling`.
-    fn repeat(
-        &self,
-        ceiling: Ceiling,
-        steps: &[Batch],
-        kv_cache: &mut KvCache,
-        work: &mut Workspace,
-        totals: &mut Totals,
-    ) -> (f64, u64) {
+    /// All steps of a case, once; the ceiling is left open.
+    fn repeat(&self, case: Case, memory: &mut Memory) -> Repetition {
         let config = self.model.config();
         let kv_token_bytes = KvCache::block_bytes(config, self.activation) / BLOCK_SIZE as u64;
-        let mut done = 0;
-        let start = Instant::now();
-        for step in steps {
-            self.model.forward(self.cpu, step, kv_cache, work);
-            let experts_hit = work.experts_hit();
-            done += match ceiling {
-                Ceiling::Memory => step_bytes(&self.weights, kv_token_bytes, step, experts_hit),
-                Ceiling::Int8 | Ceiling::Bf16 => step_ops(config, step),
+        let mut repetition = Repetition::default();
+        for index in 0..case.num_steps() {
+            let batch = case.step(index, &mut memory.tokens);
+            repetition.seconds += self.step(&batch, memory);
+            let experts_hit = memory.work.experts_hit();
+            let work = match case.ceiling() {
+                Ceiling::Memory => step_bytes(&self.weights, kv_token_bytes, &batch, experts_hit),
+                Ceiling::Int8 | Ceiling::Bf16 => step_ops(config, &batch),
             };
-            totals.num_steps += 1;
-            totals.num_routed_layers += experts_hit.len();
-            totals.experts_hit += experts_hit.iter().sum::<usize>();
+            repetition.work += work as f64;
+            repetition.experts_hit += experts_hit.iter().sum::<usize>();
+            repetition.routed_layers += experts_hit.len();
         }
-        (start.elapsed().as_secs_f64(), done)
+        repetition
+    }
+
+    /// Compute a step; returns the seconds it took.
+    fn step(&self, batch: &Batch, memory: &mut Memory) -> f64 {
+        let start = Instant::now();
+        self.model.forward(self.cpu, batch, &mut memory.kv_cache, &mut memory.work);
+        start.elapsed().as_secs_f64()
     }
 }

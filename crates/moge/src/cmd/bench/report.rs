@@ -58,13 +58,18 @@ impl fmt::Display for Report {
 }
 
 /// One run of a case, with the ceiling around it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Repetition {
+    /// Time of the steps.
     pub(crate) seconds: f64,
     /// Operations, or bytes read, as the case's ceiling has it.
     pub(crate) work: f64,
     /// Operations or bytes per second that the machine reached just before and just after.
     pub(crate) ceiling: f64,
+    /// Summed over routed layers and steps.
+    pub(crate) experts_hit: usize,
+    /// Routed layers, counted in each step.
+    pub(crate) routed_layers: usize,
 }
 
 /// The repetitions of a case.
@@ -102,7 +107,7 @@ enum Rate {
 
 /// Where the time of a step goes.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub(crate) struct OperatorTime {
+struct OperatorTime {
     operator: &'static str,
     ms_per_step: f64,
     share: f64,
@@ -110,7 +115,7 @@ pub(crate) struct OperatorTime {
 
 impl OperatorTime {
     /// The operators of a network, from the profile of `num_steps` steps.
-    pub(crate) fn list(profile: &Profile, num_steps: usize) -> Vec<OperatorTime> {
+    fn list(profile: &Profile, num_steps: usize) -> Vec<OperatorTime> {
         let total = profile.total().as_secs_f64();
         let times = Operator::ALL.iter().map(|&operator| (operator, profile.time(operator).as_secs_f64()));
         let times = times.filter(|(_, seconds)| *seconds > 0.0).map(|(operator, seconds)| OperatorTime {
@@ -124,12 +129,7 @@ impl OperatorTime {
 
 impl CaseReport {
     /// Sum up `repetitions`, of which there is at least one.
-    pub(crate) fn new(
-        case: Case,
-        repetitions: &[Repetition],
-        experts_hit: Option<f64>,
-        profile: Option<Vec<OperatorTime>>,
-    ) -> CaseReport {
+    pub(crate) fn new(case: Case, repetitions: &[Repetition], profile: Option<&Profile>) -> CaseReport {
         let sorted = |value: &dyn Fn(&Repetition) -> f64| {
             let mut values: Vec<f64> = repetitions.iter().map(value).collect();
             values.sort_by(f64::total_cmp);
@@ -139,6 +139,8 @@ impl CaseReport {
         let tokens_per_s = sorted(&|repetition| num_tokens / repetition.seconds);
         let rate = median(&sorted(&|repetition| repetition.work / repetition.seconds)) / 1e9;
         let best = median(&sorted(&|repetition| repetition.ceiling)) / 1e9;
+        let sum = |count: &dyn Fn(&Repetition) -> usize| repetitions.iter().map(count).sum::<usize>();
+        let (experts_hit, routed_layers) = (sum(&|r| r.experts_hit), sum(&|r| r.routed_layers));
         CaseReport {
             case,
             kind: case.kind(),
@@ -155,8 +157,8 @@ impl CaseReport {
             },
             ceiling: case.ceiling(),
             share_of_ceiling: median(&sorted(&|r| r.work / r.seconds / r.ceiling)),
-            experts_hit,
-            profile,
+            experts_hit: (routed_layers > 0).then(|| experts_hit as f64 / routed_layers as f64),
+            profile: profile.map(|profile| OperatorTime::list(profile, case.num_steps() * repetitions.len())),
         }
     }
 }
@@ -199,9 +201,10 @@ mod tests {
     fn a_report_holds_medians_and_the_median_of_paired_ratios() {
         let case = Case::Decode { steps: 3, batch: 2, context: 7 };
         // 6 tokens in 1, 2 and 4 seconds; 0.5, 0.2 and 0.25 of the ceiling.
-        let repetition = |seconds, ceiling| Repetition { seconds, work: 8e9, ceiling };
+        let repetition =
+            |seconds, ceiling| Repetition { seconds, work: 8e9, ceiling, experts_hit: 27, routed_layers: 6 };
         let repetitions = [repetition(1.0, 16e9), repetition(2.0, 20e9), repetition(4.0, 8e9)];
-        let report = CaseReport::new(case, &repetitions, Some(4.5), None);
+        let report = CaseReport::new(case, &repetitions, None);
         let expected = serde_json::json!({
             "kind": "decode", "tokens": 3, "batch": 2, "context": 7, "repetitions": 3,
             "tokens_per_s": 3.0, "tokens_per_s_min": 1.5, "tokens_per_s_max": 6.0,
