@@ -7,7 +7,6 @@ use moge_model::{
     ActivationType, BLOCK_SIZE, Batch, BlockId, Cpu, KvCache, ModelConfig, SequenceRows, StepLimits, TokenId, Workspace,
 };
 
-use super::ceilings::Ceiling;
 use crate::frontend::MAX_BATCHED_TOKENS;
 
 /// One thing to measure.
@@ -50,15 +49,6 @@ impl Case {
         match self {
             Case::Prefill { .. } => 0,
             Case::Decode { context, .. } => context,
-        }
-    }
-
-    /// What bounds it: products with weights that many rows share, or reading the weights for few.
-    pub(crate) fn ceiling(self) -> Ceiling {
-        match self {
-            // Stored weights are floats, which are all multiplied in f32.
-            Case::Prefill { .. } => Ceiling::Bf16,
-            Case::Decode { .. } => Ceiling::Memory,
         }
     }
 

@@ -54,17 +54,27 @@ impl<'a> Bench<'a> {
         if effort.profile {
             memory.work.record_profile();
         }
-        let mut before = self.ceilings.measure(case.ceiling());
+        let ceiling = self.ceiling(case);
+        let mut before = self.ceilings.measure(ceiling);
         let mut repetitions = Vec::with_capacity(effort.repetitions);
         for _ in 0..effort.repetitions {
             let repetition = self.repeat(case, &mut memory);
-            let after = self.ceilings.measure(case.ceiling());
+            let after = self.ceilings.measure(ceiling);
             repetitions.push(Repetition { ceiling: (before + after) / 2.0, ..repetition });
             before = after;
             bar.inc(1);
         }
         bar.finish_and_clear();
-        CaseReport::new(case, &repetitions, memory.work.profile())
+        CaseReport::new(case, ceiling, &repetitions, memory.work.profile())
+    }
+
+    /// What bounds a case: products with weights that many rows share, or reading the weights for few.
+    fn ceiling(&self, case: Case) -> Ceiling {
+        match case {
+            // Whatever floats are stored, they are multiplied in f32.
+            Case::Prefill { .. } => Ceiling::Bf16,
+            Case::Decode { .. } => Ceiling::Memory,
+        }
     }
 
     /// All steps of a case, once; the ceiling is left open.
@@ -76,7 +86,7 @@ impl<'a> Bench<'a> {
             let batch = case.step(index, &mut memory.tokens);
             repetition.seconds += self.step(&batch, memory);
             let experts_hit = memory.work.experts_hit();
-            let work = match case.ceiling() {
+            let work = match self.ceiling(case) {
                 Ceiling::Memory => step_bytes(&self.weights, kv_token_bytes, &batch, experts_hit),
                 Ceiling::Int8 | Ceiling::Bf16 => step_ops(config, &batch),
             };

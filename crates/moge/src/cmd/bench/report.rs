@@ -62,7 +62,7 @@ impl fmt::Display for Report {
 pub(crate) struct Repetition {
     /// Time of the steps.
     pub(crate) seconds: f64,
-    /// Operations, or bytes read, as the case's ceiling has it.
+    /// Operations, or bytes read, as the ceiling has it.
     pub(crate) work: f64,
     /// Operations or bytes per second that the machine reached just before and just after.
     pub(crate) ceiling: f64,
@@ -129,7 +129,12 @@ impl OperatorTime {
 
 impl CaseReport {
     /// Sum up `repetitions`, of which there is at least one.
-    pub(crate) fn new(case: Case, repetitions: &[Repetition], profile: Option<&Profile>) -> CaseReport {
+    pub(crate) fn new(
+        case: Case,
+        ceiling: Ceiling,
+        repetitions: &[Repetition],
+        profile: Option<&Profile>,
+    ) -> CaseReport {
         let sorted = |value: &dyn Fn(&Repetition) -> f64| {
             let mut values: Vec<f64> = repetitions.iter().map(value).collect();
             values.sort_by(f64::total_cmp);
@@ -151,11 +156,11 @@ impl CaseReport {
             tokens_per_s: median(&tokens_per_s),
             tokens_per_s_min: tokens_per_s[0],
             tokens_per_s_max: tokens_per_s[tokens_per_s.len() - 1],
-            rate: match case.ceiling() {
+            rate: match ceiling {
                 Ceiling::Memory => Rate::Bytes { gb_s: rate, ceiling_gb_s: best },
                 Ceiling::Int8 | Ceiling::Bf16 => Rate::Operations { gop_s: rate, ceiling_gop_s: best },
             },
-            ceiling: case.ceiling(),
+            ceiling,
             share_of_ceiling: median(&sorted(&|r| r.work / r.seconds / r.ceiling)),
             experts_hit: (routed_layers > 0).then(|| experts_hit as f64 / routed_layers as f64),
             profile: profile.map(|profile| OperatorTime::list(profile, case.num_steps() * repetitions.len())),
@@ -204,7 +209,7 @@ mod tests {
         let repetition =
             |seconds, ceiling| Repetition { seconds, work: 8e9, ceiling, experts_hit: 27, routed_layers: 6 };
         let repetitions = [repetition(1.0, 16e9), repetition(2.0, 20e9), repetition(4.0, 8e9)];
-        let report = CaseReport::new(case, &repetitions, None);
+        let report = CaseReport::new(case, Ceiling::Memory, &repetitions, None);
         let expected = serde_json::json!({
             "kind": "decode", "tokens": 3, "batch": 2, "context": 7, "repetitions": 3,
             "tokens_per_s": 3.0, "tokens_per_s_min": 1.5, "tokens_per_s_max": 6.0,
