@@ -10,13 +10,14 @@ use crate::cpu::{Cpu, SharedMut};
 use crate::isa::Isa;
 use crate::simd::{Simd, SimdOp};
 
-/// How long one measurement takes, about.
-const DURATION: Duration = Duration::from_millis(60);
+/// How long one measurement takes at least; at most twice as long.
+const DURATION: Duration = Duration::from_millis(50);
 
-/// Chunks per thread that wake the threads and tell how long a chunk takes.
-const NUM_TRIAL_CHUNKS: usize = 4;
+/// Chunks per thread that a measurement begins with.
+const NUM_FIRST_CHUNKS: usize = 4;
 
-/// Independent chains of fused multiply-adds: two may start per cycle, and each takes four or five.
+/// Independent chains of multiply-adds that are one instruction: two may start per cycle, and each takes four or five.
+/// Their first numbers go through a `black_box`, or else the compiler might see that all chains compute the same.
 const NUM_CHAINS: usize = 10;
 
 /// Steps of each chain in a chunk: some tenths of a millisecond.
@@ -103,15 +104,19 @@ impl MemoryRead {
 
 /// Units of work per second over all threads, where `body` does `units_per_chunk` of them.
 fn rate(cpu: &Cpu, units_per_chunk: f64, body: impl Fn(usize) + Sync) -> f64 {
-    let seconds = |first: usize, num_chunks: usize| {
-        let start = Instant::now();
-        cpu.for_each(num_chunks, |chunk| body(first + chunk));
-        start.elapsed().as_secs_f64()
-    };
-    let num_trial_chunks = NUM_TRIAL_CHUNKS * cpu.num_threads();
-    let chunks_per_s = num_trial_chunks as f64 / seconds(0, num_trial_chunks);
-    let num_chunks = ((DURATION.as_secs_f64() * chunks_per_s) as usize).max(num_trial_chunks);
-    units_per_chunk * num_chunks as f64 / seconds(num_trial_chunks, num_chunks)
+    let mut num_chunks = NUM_FIRST_CHUNKS * cpu.num_threads();
+    // Wakes the threads.
+    cpu.for_each(num_chunks, &body);
+    let first_chunk = num_chunks;
+    let mut next_chunk = first_chunk;
+    let start = Instant::now();
+    while start.elapsed() < DURATION {
+        cpu.for_each(num_chunks, |chunk| body(next_chunk + chunk));
+        next_chunk += num_chunks;
+        // Longer each time, so that the ends, where threads wait for one another, weigh little.
+        num_chunks *= 2;
+    }
+    units_per_chunk * (next_chunk - first_chunk) as f64 / start.elapsed().as_secs_f64()
 }
 
 /// Read numbers and make nothing of them.
@@ -151,7 +156,7 @@ impl SimdOp for MultiplyAdd {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> usize {
         let factor = simd.splat(black_box(0.5));
-        let mut sums = [simd.splat(1.0); NUM_CHAINS];
+        let mut sums = black_box([simd.splat(1.0); NUM_CHAINS]);
         for _ in 0..NUM_STEPS {
             for sum in &mut sums {
                 *sum = simd.mul_add(*sum, factor, factor);
@@ -191,7 +196,7 @@ fn run_int8_chunk(isa: Isa, product: Int8Product) -> usize {
 /// A chunk of 32-bit integer multiply-adds, for CPUs of which we know nothing better.
 fn multiply_integers() -> usize {
     let factor = black_box(3i32);
-    let mut sums = [1i32; NUM_CHAINS];
+    let mut sums = black_box([1i32; NUM_CHAINS]);
     for _ in 0..NUM_STEPS {
         for sum in &mut sums {
             *sum = sum.wrapping_mul(factor).wrapping_add(factor);
@@ -269,7 +274,7 @@ mod x86 {
     #[target_feature(enable = "avxvnni")]
     pub(super) fn vnni_avx2() -> usize {
         let factor = _mm256_set1_epi8(black_box(3));
-        let mut sums = [_mm256_set1_epi32(1); NUM_CHAINS];
+        let mut sums = black_box([_mm256_set1_epi32(1); NUM_CHAINS]);
         for _ in 0..NUM_STEPS {
             for sum in &mut sums {
                 *sum = _mm256_dpbusd_avx_epi32(*sum, factor, factor);
@@ -282,7 +287,7 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512vnni")]
     pub(super) fn vnni_avx512() -> usize {
         let factor = _mm512_set1_epi8(black_box(3));
-        let mut sums = [_mm512_set1_epi32(1); NUM_CHAINS];
+        let mut sums = black_box([_mm512_set1_epi32(1); NUM_CHAINS]);
         for _ in 0..NUM_STEPS {
             for sum in &mut sums {
                 *sum = _mm512_dpbusd_epi32(*sum, factor, factor);
