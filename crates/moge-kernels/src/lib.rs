@@ -27,7 +27,10 @@ mod swiglu;
 #[cfg(all(test, not(loom)))]
 mod testing;
 
-pub use attention::{AttentionLimits, AttentionScratch, BlockId, PagedKv, SequenceRows, paged_attention};
+pub use attention::{
+    AttentionLimits, AttentionRows, AttentionScratch, BlockId, KvType, PagedKv, QkvParams, SequenceRows,
+    paged_attention, write_qkv,
+};
 pub use combine::combine;
 pub use cpu::{Cpu, available_threads};
 pub use elements::{ActivationType, Dtype, Elements, Matrix, round_to_bf16};
@@ -36,5 +39,5 @@ pub use gemm::{GroupedRows, gemm, grouped_gemm, grouped_swiglu};
 pub use isa::{Isa, UnknownIsa};
 pub use norm::{add, rms_norm, rms_norm_in_place};
 pub use pool::MAX_THREADS;
-pub use rope::{RopeAngles, RopeHead, RopeLayout, rope, rope_angles, rope_inverse_frequencies};
+pub use rope::{RopeAngles, RopeHead, RopeLayout, rope_angles, rope_inverse_frequencies};
 pub use softmax::softmax;

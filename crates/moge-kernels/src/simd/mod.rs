@@ -36,6 +36,12 @@ pub(crate) trait Simd: Copy {
     /// A register of [`Simd::LANES`] f32 numbers.
     type Vector: Copy;
 
+    /// A register of [`Simd::LANES`] i32 numbers.
+    type Ints: Copy;
+
+    /// A register of `2 * LANES` i16 numbers: a pair to each lane.
+    type Pairs: Copy;
+
     /// f32 numbers in a register.
     const LANES: usize;
 
@@ -98,6 +104,60 @@ pub(crate) trait Simd: Copy {
 
     /// The sum over the lanes of each of four registers, each in the order of one fixed tree.
     fn sum4(self, v: [Self::Vector; 4]) -> [f32; 4];
+
+    /// Of `LANES` pairs at `x` the first numbers, widened.
+    ///
+    /// # Safety
+    /// `2 * LANES` numbers are readable at `x`.
+    unsafe fn load_bf16_first(self, x: *const bf16) -> Self::Vector;
+
+    /// Of `LANES` pairs at `x` the second numbers, widened.
+    ///
+    /// # Safety
+    /// `2 * LANES` numbers are readable at `x`.
+    unsafe fn load_bf16_second(self, x: *const bf16) -> Self::Vector;
+
+    /// Numbers at `x`.
+    ///
+    /// # Safety
+    /// [`Simd::LANES`] numbers are readable at `x`.
+    unsafe fn load_i32(self, x: *const i32) -> Self::Ints;
+
+    /// Write the lanes to `out`.
+    ///
+    /// # Safety
+    /// [`Simd::LANES`] numbers are writable at `out`.
+    unsafe fn store_i32(self, out: *mut i32, v: Self::Ints);
+
+    /// Zero in every lane.
+    fn zero_i32(self) -> Self::Ints;
+
+    /// Each lane as f32, rounded to nearest, ties to even.
+    fn i32_to_f32(self, v: Self::Ints) -> Self::Vector;
+
+    /// Write the lanes to `out`, rounded to nearest, ties to even. Beyond i16, and for NaN, they are unspecified numbers.
+    ///
+    /// # Safety
+    /// [`Simd::LANES`] numbers are writable at `out`.
+    unsafe fn store_i16(self, out: *mut i16, v: Self::Vector);
+
+    /// `LANES` pairs at `x`, widened.
+    ///
+    /// # Safety
+    /// `2 * LANES` numbers are readable at `x`.
+    unsafe fn load_i8_pairs(self, x: *const i8) -> Self::Pairs;
+
+    /// The pair at `x`, to every lane.
+    ///
+    /// # Safety
+    /// Two numbers are readable at `x`.
+    unsafe fn splat_pair(self, x: *const i16) -> Self::Pairs;
+
+    /// In every lane `sums` plus the first numbers' product plus the second numbers' product, wrapping.
+    fn add_pair_products(self, a: Self::Pairs, b: Self::Pairs, sums: Self::Ints) -> Self::Ints;
+
+    /// Ask for the cache line at `x`, which may be any address.
+    fn prefetch(self, x: *const u8);
 
     /// The sum over the lanes, in the same order as [`Simd::sum4`].
     #[inline(always)]
