@@ -26,7 +26,9 @@ pub use generation_config::{GenerationDefaults, GenerationDefaultsError};
 pub use ids::{ExpertId, TokenId};
 pub use kv_cache::KvCache;
 pub use model::{LoadError, Model};
-pub use moge_kernels::{ActivationType, BlockId, Cpu, Dtype, Isa, MAX_THREADS, SequenceRows, available_threads};
+pub use moge_kernels::{
+    ActivationType, BlockId, Cpu, Dtype, Isa, KvType, MAX_THREADS, SequenceRows, available_threads,
+};
 pub use non_finite::{NonFinite, count_non_finite};
 pub use router::{Route, route_token};
 pub use tokenizer::{Detokenizer, Prefix, SentencePieceError, StopStrings, Tokenizer, TokenizerError, eos_token_ids};

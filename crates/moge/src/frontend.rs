@@ -12,8 +12,8 @@ use moge_engine::{Engine, EngineConfig, SamplingParams};
 use moge_model::synth::write_checkpoint;
 use moge_model::{
     ActivationType, Architecture, BLOCK_SIZE, ChatTemplate, Checkpoint, Cpu, Dtype, GenerationDefaults, Isa, KvCache,
-    LoadMode, MAX_THREADS, Model, ModelConfig, TokenId, Tokenizer, TokenizerError, Workspace, available_threads,
-    eos_token_ids,
+    KvType, LoadMode, MAX_THREADS, Model, ModelConfig, TokenId, Tokenizer, TokenizerError, Workspace,
+    available_threads, eos_token_ids,
 };
 use tempfile::TempDir;
 
@@ -37,9 +37,12 @@ pub(crate) struct ModelArgs {
     /// Worker threads, at most 4096 [default: the processors this process may use]
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_THREADS as u64))]
     pub(crate) threads: Option<usize>,
-    /// Precision of activations and KV cache; auto takes bf16 for bf16 checkpoints, f32 for others
+    /// Precision of activations; auto takes bf16 for bf16 checkpoints, f32 for others
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) dtype: DtypeArg,
+    /// How the KV cache stores its numbers: int8 takes half of bf16; auto takes the precision of the activations
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) kv: KvArg,
     /// Map the weights, or read them whole (faster on network disks)
     #[arg(long, value_enum, default_value = "mmap")]
     pub(crate) load: LoadArg,
@@ -61,15 +64,28 @@ struct ModelSource {
     synthetic: Option<String>,
 }
 
-/// Precision of activations and KV cache.
+/// Precision of activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum DtypeArg {
     /// As the checkpoint says.
     Auto,
-    /// Activations and KV cache in f32; weights are widened as they are read.
+    /// Activations in f32; weights are widened as they are read.
     F32,
-    /// Activations rounded to bf16, KV cache in bf16, sums in f32.
+    /// Activations rounded to bf16, sums in f32.
     Bf16,
+}
+
+/// How the KV cache stores its numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvArg {
+    /// As the activations are.
+    Auto,
+    /// f32.
+    F32,
+    /// bf16.
+    Bf16,
+    /// int8 with a scale for each token and head.
+    Int8,
 }
 
 /// How the weights come into memory.
@@ -245,6 +261,12 @@ impl Frontend {
             (DtypeArg::F32, _) | (DtypeArg::Auto, Dtype::F32 | Dtype::F16) => ActivationType::F32,
             (DtypeArg::Bf16, _) | (DtypeArg::Auto, Dtype::Bf16) => ActivationType::Bf16,
         };
+        let kv = match args.kv {
+            KvArg::Auto => activation.into(),
+            KvArg::F32 => KvType::F32,
+            KvArg::Bf16 => KvType::Bf16,
+            KvArg::Int8 => KvType::Int8,
+        };
         let isa = Isa::select()?;
         let num_threads = args.threads.unwrap_or_else(available_threads);
         let tokenizer = self.tokenizer.as_ref().ok().cloned();
@@ -252,6 +274,7 @@ impl Frontend {
         let total_tokens: usize = sequence_tokens.iter().sum();
         let mut config = EngineConfig {
             activation,
+            kv,
             num_blocks: sequence_tokens.iter().map(|tokens| tokens.div_ceil(BLOCK_SIZE)).sum::<usize>().max(1),
             max_batched_tokens: MAX_BATCHED_TOKENS.min(total_tokens).max(max_running),
             max_running,
@@ -274,7 +297,11 @@ impl Frontend {
         if cpu.num_threads() < num_threads {
             tracing::warn!("the system allows {} of {num_threads} threads", cpu.num_threads());
         }
-        tracing::info!("{} threads, {}, {activation:?} activations", cpu.num_threads(), cpu.isa().name());
+        tracing::info!(
+            "{} threads, {}, {activation:?} activations, {kv:?} KV cache",
+            cpu.num_threads(),
+            cpu.isa().name()
+        );
         Ok((Engine::new(model, cpu, tokenizer, &config), start.elapsed()))
     }
 
@@ -287,7 +314,7 @@ impl Frontend {
         num_threads: usize,
     ) -> Result<()> {
         let Some(available) = available_bytes() else { return Ok(()) };
-        let block_bytes = KvCache::block_bytes(&self.config, config.activation);
+        let block_bytes = KvCache::block_bytes(&self.config, config.kv);
         let workspace_bytes = Workspace::bytes(&self.config, config.step_limits(&self.config, num_threads));
         let weight_bytes = Checkpoint::file_bytes(&self.dir)?;
         let plan = |blocks: usize| MemoryPlan {
