@@ -3,15 +3,15 @@
 //! A *part* is what one query makes of one chunk: the values weighted with the exponentials of its scores, after the
 //! largest score was taken away; the sum of the exponentials; the largest score: `[width + 2]` numbers. Every part is
 //! computed from nothing, and parts are merged in the order of the chunks, so it does not matter who computes which.
+//! Scores are in units of `ln 2`, because powers of two are cheaper.
 
 use std::ops::Range;
 
 use super::encode::{Attend, Queries};
 use super::numbers::{KvNumber, Product};
 use super::paged_kv::KvView;
-use crate::exp::exp;
+use crate::exp::exp2_up_to_0;
 use crate::simd::{MAX_LANES, Simd, SimdOp};
-use crate::softmax::exp_minus_max;
 
 /// Tokens of a chunk. Chunks sit at fixed positions: chunk `c` holds the tokens from `c * CHUNK_LEN`. The keys
 /// and values of one head, 128 wide in bf16, are 128 KiB, a share of L2; the integer sums of int8 fit 32 bits.
@@ -25,14 +25,26 @@ pub(super) fn part_len(width: usize) -> usize {
     width + 2
 }
 
+/// What becomes of a tile's scores.
+#[derive(Debug)]
+pub(super) struct Tile {
+    /// Scores, then their exponentials.
+    pub(super) scores: [[f32; CHUNK_LEN]; TILE_QUERIES],
+    /// For int8 values: the integers that multiply them.
+    pub(super) weights: [[i16; CHUNK_LEN]; TILE_QUERIES],
+}
+
+impl Tile {
+    fn new() -> Tile {
+        Tile { scores: [[0.0; CHUNK_LEN]; TILE_QUERIES], weights: [[0; CHUNK_LEN]; TILE_QUERIES] }
+    }
+}
+
 /// Scratch memory of one thread.
 #[derive(Debug)]
 pub(super) struct Worker {
     pub(super) queries: Queries,
-    /// Scores of a tile, then their exponentials, `[TILE_QUERIES, CHUNK_LEN]`.
-    pub(super) scores: Vec<f32>,
-    /// For int8 values: weights of a tile, `[TILE_QUERIES, CHUNK_LEN]`.
-    pub(super) weights: Vec<i16>,
+    tile: Tile,
     /// Parts of a tile.
     parts: Vec<f32>,
     /// Merged parts of a run.
@@ -44,8 +56,7 @@ impl Worker {
     pub(super) fn new(max_queries: usize, width: usize) -> Worker {
         Worker {
             queries: Queries::new(max_queries, width),
-            scores: vec![0.0; TILE_QUERIES * CHUNK_LEN],
-            weights: vec![0; TILE_QUERIES * CHUNK_LEN],
+            tile: Tile::new(),
             parts: vec![0.0; TILE_QUERIES * part_len(width)],
             merged: vec![0.0; max_queries * part_len(width)],
         }
@@ -53,8 +64,8 @@ impl Worker {
 
     /// Bytes that [`Worker::new`] takes.
     pub(super) fn bytes(max_queries: usize, width: usize) -> usize {
-        let tile = TILE_QUERIES * (6 * CHUNK_LEN + 4 * part_len(width));
-        tile + Queries::bytes(max_queries, width) + 4 * max_queries * part_len(width)
+        let parts = 4 * (TILE_QUERIES + max_queries) * part_len(width);
+        size_of::<Worker>() + Queries::bytes(max_queries, width) + parts
     }
 }
 
@@ -102,8 +113,6 @@ impl<T: Attend> AttendChunk<'_, T> {
     fn check(&self, queries: Range<usize>) {
         let (layout, width) = (self.kv.layout, self.kv.layout.width());
         self.worker.queries.check(queries.end, width);
-        assert!(self.worker.scores.len() >= TILE_QUERIES * CHUNK_LEN);
-        assert!(self.worker.weights.len() >= TILE_QUERIES * CHUNK_LEN);
         assert!(self.worker.parts.len() >= TILE_QUERIES * part_len(width));
         assert!(self.worker.merged.len() >= queries.end * part_len(width));
         assert!(queries.is_empty() || self.num_keys(queries.end - 1) <= self.heads.len() * layout.block_size);
@@ -126,16 +135,12 @@ impl<T: Attend> AttendChunk<'_, T> {
             num_keys[m] = self.num_keys(query);
         }
         let num_keys = &num_keys[..queries.len()];
-        let Worker { scores, weights, parts, merged, .. } = &mut *self.worker;
+        let Worker { tile, parts, merged, .. } = &mut *self.worker;
         let merged = &mut merged[queries.start * part_len..queries.end * part_len];
         let parts = &mut parts[..merged.len()];
         let out = if self.is_first { &mut *merged } else { &mut *parts };
-        for (m, part) in out.chunks_exact_mut(part_len).enumerate() {
-            let (max, sum) = exp_minus_max(simd, &mut scores[m * CHUNK_LEN..][..num_keys[m]]);
-            part[part_len - 2..].copy_from_slice(&[sum, max]);
-        }
         // SAFETY: The caller's promise; the lengths of scores, weights and parts are those of a tile.
-        unsafe { T::weigh(simd, self.kv, self.heads, num_keys, [scores, out], weights) };
+        unsafe { T::weigh(simd, (self.kv, self.heads), num_keys, tile, out) };
         if !self.is_first {
             MergeParts { merged, next: parts, part_len }.run(simd);
         }
@@ -150,7 +155,7 @@ impl<T: Attend> AttendChunk<'_, T> {
         let layout = self.kv.layout;
         let (block_size, width) = (layout.block_size, layout.width());
         let num_keys = self.num_keys(queries.end - 1);
-        let scores = self.worker.scores.as_mut_ptr();
+        let scores = self.worker.tile.scores.as_flattened_mut().as_mut_ptr();
         for (index, &head) in self.heads[..num_keys.div_ceil(block_size)].iter().enumerate() {
             let first_key = index * block_size;
             // SAFETY: The caller's promise; a block is a multiple of two registers.
@@ -175,10 +180,10 @@ impl<T: Attend> AttendChunk<'_, T> {
                 product.run(simd, queries.len());
             }
         }
-        let Worker { scores, queries: all, .. } = &mut *self.worker;
+        let Worker { tile, queries: all, .. } = &mut *self.worker;
         let num_scores = num_keys.next_multiple_of(S::LANES);
-        for (m, query) in queries.enumerate() {
-            T::finish_scores(simd, &mut scores[m * CHUNK_LEN..][..num_scores], all, query, (self.kv, self.heads));
+        for (scores, query) in tile.scores.iter_mut().zip(queries) {
+            T::finish_scores(simd, &mut scores[..num_scores], all, query, (self.kv, self.heads));
         }
     }
 }
@@ -200,8 +205,8 @@ impl SimdOp for MergeParts<'_> {
         let max_place = self.part_len - 1;
         for (merged, next) in self.merged.chunks_exact_mut(self.part_len).zip(self.next.chunks_exact(self.part_len)) {
             let max = merged[max_place].max(next[max_place]);
-            let merged_scale = exp_of(simd, merged[max_place] - max);
-            let next_scale = exp_of(simd, next[max_place] - max);
+            let merged_scale = exp2_of(simd, merged[max_place] - max);
+            let next_scale = exp2_of(simd, next[max_place] - max);
             merged[max_place] = max;
             for (merged, next) in merged[..max_place].iter_mut().zip(&next[..max_place]) {
                 *merged = *merged * merged_scale + next * next_scale;
@@ -210,10 +215,10 @@ impl SimdOp for MergeParts<'_> {
     }
 }
 
-/// The exponential of one number.
+/// Two to the power of one number.
 #[inline(always)]
-fn exp_of<S: Simd>(simd: S, x: f32) -> f32 {
+fn exp2_of<S: Simd>(simd: S, x: f32) -> f32 {
     let mut lanes = [0.0; MAX_LANES];
-    simd.store(&mut lanes, exp(simd, simd.splat(x)));
+    simd.store(&mut lanes, exp2_up_to_0(simd, simd.splat(x)));
     lanes[0]
 }

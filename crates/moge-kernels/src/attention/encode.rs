@@ -1,25 +1,27 @@
 //! What multiplies keys and values: queries and weights, in f32, or as integers for an int8 cache.
 //!
 //! **int8.** A query of a head becomes 16-bit integers with one scale; its products with int8 keys add up exactly. A
-//! weight is the exponential of a score times the scale of the token's value; the weights of a chunk become 16-bit
-//! integers with one scale, so that their products with int8 values add up exactly, too. Both roundings are to nearest
-//! and small beside that of the cache: with `Q` and `P` the largest number of a query and the largest weight
-//! of a chunk, a query's number is off by `Q / 65534` and a weight by `P / 65534` at most.
+//! weight is the exponential of a score, 1 at most, times the scale of the token's value; the weights of a chunk become
+//! 16-bit integers with one scale, so that their products with int8 values add up exactly, too. Both roundings are to
+//! nearest and small beside that of the cache: a number of a query is off by at most `Q / 65534`, where `Q` is its
+//! largest; so a score is off by at most `sqrt(head_dim) * Q * K / 65534`, and a chunk's weighted values by at most
+//! `num_keys * V / 65534` where the largest exponential is 1, with `K` and `V` the largest number of the keys and values.
 
 use std::marker::PhantomData;
 
-use super::chunk::{CHUNK_LEN, part_len};
+use super::chunk::{CHUNK_LEN, TILE_QUERIES, Tile, part_len};
 use super::numbers::{KvFloat, KvNumber, Product};
 use super::paged_kv::{KvView, Layout};
+use crate::exp::exp2_up_to_0;
 use crate::simd::{Simd, SimdOp, map};
 
 /// Largest integer of a weight: products of 256 with int8 values add up to less than 2^31.
-const WEIGHT_LIMIT: f32 = 32767.0;
+const INTEGER_LIMIT: f32 = 32767.0;
 
 /// Queries of a run of rows as a thread prepared them.
 #[derive(Debug)]
 pub(super) struct Queries {
-    /// `[num_queries, width]`, scaled by `1 / sqrt(head_dim)`.
+    /// `[num_queries, width]`, scaled by `1 / sqrt(head_dim)`, in units of `ln 2`.
     numbers: Vec<f32>,
     /// The same for an int8 cache: integers, and what one of them is worth.
     integers: Vec<i16>,
@@ -49,7 +51,7 @@ impl Queries {
         let numbers = &mut self.numbers[index * width..(index + 1) * width];
         numbers[..q.len()].copy_from_slice(q);
         numbers[q.len()..].fill(0.0);
-        let scale = simd.splat(1.0 / (q.len() as f32).sqrt());
+        let scale = simd.splat(std::f32::consts::LOG2_E / (q.len() as f32).sqrt());
         map(
             simd,
             numbers,
@@ -129,19 +131,39 @@ pub(super) trait Attend: KvNumber {
         keys: (KvView<'_, Self>, &[usize]),
     );
 
-    /// `parts[m] = sum over j < num_keys[m] of scores[m][j] * value[j]`, the front `width` numbers of each part.
+    /// The parts of a tile of queries, as many as `num_keys` has, of the scores with the first `num_keys[m]` keys.
     ///
     /// # Safety
-    /// Every part, the scores and the weights have the lengths of a tile of as many queries as `num_keys` has; the
-    /// `heads` are within the cache and hold as many keys.
+    /// There are at most [`TILE_QUERIES`], and a part for each; the `heads` are within the cache and hold as many keys.
     unsafe fn weigh<S: Simd>(
         simd: S,
-        values: KvView<'_, Self>,
-        heads: &[usize],
+        values: (KvView<'_, Self>, &[usize]),
         num_keys: &[usize],
-        sums: [&mut [f32]; 2],
-        weights: &mut [i16],
+        tile: &mut Tile,
+        parts: &mut [f32],
     );
+}
+
+/// The largest score; a NaN it may lose shows up in the sum of exponentials.
+#[inline(always)]
+fn max_score<S: Simd>(simd: S, scores: &[f32]) -> f32 {
+    let lowest = simd.splat(f32::NEG_INFINITY);
+    let mut max = [lowest; 2];
+    let mut runs = scores.chunks_exact(2 * S::LANES);
+    for run in &mut runs {
+        max = [simd.max(max[0], simd.load(run)), simd.max(max[1], simd.load(&run[S::LANES..]))];
+    }
+    for rest in runs.remainder().chunks(S::LANES) {
+        max[0] = simd.max(max[0], load_scores(simd, rest, 0));
+    }
+    simd.max_lane(simd.max(max[0], max[1]))
+}
+
+/// The scores from `first` on; past the last one, minus infinity.
+#[inline(always)]
+fn load_scores<S: Simd>(simd: S, scores: &[f32], first: usize) -> S::Vector {
+    let scores = &scores[first..];
+    if scores.len() < S::LANES { simd.load_part(scores, f32::NEG_INFINITY) } else { simd.load(scores) }
 }
 
 /// The weighted values of a tile: rows of `factors`, `CHUNK_LEN` apart, with the first `num_keys` values.
@@ -201,14 +223,27 @@ impl<T: KvFloat> Attend for T {
     #[inline(always)]
     unsafe fn weigh<S: Simd>(
         simd: S,
-        values: KvView<'_, T>,
-        heads: &[usize],
+        (values, heads): (KvView<'_, T>, &[usize]),
         num_keys: &[usize],
-        [scores, parts]: [&mut [f32]; 2],
-        _: &mut [i16],
+        tile: &mut Tile,
+        parts: &mut [f32],
     ) {
         let (layout, width) = (values.layout, values.layout.width());
         let num_shared = num_keys[0] / 2 * 2;
+        for ((scores, part), &num_keys) in
+            tile.scores.iter_mut().zip(parts.chunks_exact_mut(part_len(width))).zip(num_keys)
+        {
+            let max = max_score(simd, &scores[..num_keys]);
+            let mut sums = simd.splat(0.0);
+            for first in (0..num_keys).step_by(S::LANES) {
+                let score = load_scores(simd, &scores[..num_keys], first);
+                let power = exp2_up_to_0(simd, simd.sub(score, simd.splat(max)));
+                sums = simd.add(sums, power);
+                simd.store(&mut scores[first..], power);
+            }
+            part[width..].copy_from_slice(&[simd.sum(sums), max]);
+        }
+        let scores = tile.scores.as_flattened();
         // SAFETY: The caller's promise.
         unsafe {
             let parts = (parts.as_mut_ptr(), num_keys.len());
@@ -238,7 +273,7 @@ impl Attend for i8 {
     #[inline(always)]
     fn put_query<S: Simd>(simd: S, queries: &mut Queries, index: usize, q: &[f32], width: usize) {
         // Sums of `head_dim` products with int8 stay below 2^31.
-        let limit = WEIGHT_LIMIT.min((i32::MAX / 128) as f32 / q.len() as f32).floor();
+        let limit = INTEGER_LIMIT.min((i32::MAX / 128) as f32 / q.len() as f32).floor();
         let numbers = queries.put(simd, index, q, width);
         let [scale, inverse] = integer_scale(max_abs(simd, numbers), limit);
         let inverse = simd.splat(inverse);
@@ -280,34 +315,36 @@ impl Attend for i8 {
     #[inline(always)]
     unsafe fn weigh<S: Simd>(
         simd: S,
-        values: KvView<'_, i8>,
-        heads: &[usize],
+        (values, heads): (KvView<'_, i8>, &[usize]),
         num_keys: &[usize],
-        [scores, parts]: [&mut [f32]; 2],
-        weights: &mut [i16],
+        tile: &mut Tile,
+        parts: &mut [f32],
     ) {
-        let (block_size, width) = (values.layout.block_size, values.layout.width());
+        let width = values.layout.width();
+        let mut factors = ValueFactors { scale: 0.0, factors: [0.0; CHUNK_LEN] };
+        let mut scales = [0.0; TILE_QUERIES];
         let most = num_keys[num_keys.len() - 1].next_multiple_of(2);
-        let mut scales = [0.0; super::chunk::TILE_QUERIES];
-        for (m, &num_keys) in num_keys.iter().enumerate() {
-            let scores = &mut scores[m * CHUNK_LEN..(m + 1) * CHUNK_LEN];
-            for (scores, head) in scores[..num_keys].chunks_mut(block_size).zip(heads) {
-                let value_scales = &values.value_scales[head * block_size..(head + 1) * block_size];
-                for (score, scale) in scores.iter_mut().zip(value_scales) {
-                    *score *= scale;
-                }
+        for (m, part) in parts.chunks_exact_mut(part_len(width)).enumerate() {
+            let (scores, weights) = (&tile.scores[m][..num_keys[m]], &mut tile.weights[m]);
+            // Queries that see the same keys, as most of a tile do, share the factors.
+            if m == 0 || num_keys[m] != num_keys[m - 1] {
+                factors.set(simd, (values, heads), num_keys[m]);
             }
-            // Up to the next query's keys: int8 values are never NaN.
-            scores[num_keys..most].fill(0.0);
-            let [scale, inverse] = integer_scale(max_abs(simd, &scores[..num_keys]), WEIGHT_LIMIT);
-            scales[m] = scale;
-            let inverse = simd.splat(inverse);
-            for first in (0..most).step_by(S::LANES) {
-                let x = simd.mul(simd.load(&scores[first..]), inverse);
+            scales[m] = factors.scale;
+            let max = max_score(simd, scores);
+            let mut sums = simd.splat(0.0);
+            for first in (0..scores.len()).step_by(S::LANES) {
+                let power = exp2_up_to_0(simd, simd.sub(load_scores(simd, scores, first), simd.splat(max)));
+                sums = simd.add(sums, power);
+                let weight = simd.mul(power, simd.load(&factors.factors[first..]));
                 // SAFETY: A chunk is a whole number of registers.
-                unsafe { simd.store_i16(weights[m * CHUNK_LEN + first..].as_mut_ptr(), x) };
+                unsafe { simd.store_i16(weights[first..].as_mut_ptr(), weight) };
             }
+            // int8 values are never NaN: those that only later queries see are multiplied by zero.
+            weights[num_keys[m]..most].fill(0);
+            part[width..].copy_from_slice(&[simd.sum(sums), max]);
         }
+        let weights = tile.weights.as_flattened();
         // SAFETY: The caller's promise.
         unsafe {
             let parts = (parts.as_mut_ptr(), num_keys.len());
@@ -322,6 +359,35 @@ impl Attend for i8 {
                 |_| scale,
             );
         }
+    }
+}
+
+/// What turns exponentials, which are 1 at most, into integer weights.
+struct ValueFactors {
+    /// What one of the integers is worth: the largest scale of the values is [`INTEGER_LIMIT`] of them.
+    scale: f32,
+    /// For each value its scale in these units; past the last one 0.
+    factors: [f32; CHUNK_LEN],
+}
+
+impl ValueFactors {
+    #[inline(always)]
+    fn set<S: Simd>(&mut self, simd: S, (values, heads): (KvView<'_, i8>, &[usize]), num_keys: usize) {
+        let block_size = values.layout.block_size;
+        let (factors, rest) = self.factors.split_at_mut(num_keys);
+        for (factors, head) in factors.chunks_mut(block_size).zip(heads) {
+            factors.copy_from_slice(&values.value_scales[head * block_size..][..factors.len()]);
+        }
+        rest.fill(0.0);
+        let [scale, inverse] = integer_scale(max_abs(simd, factors), INTEGER_LIMIT);
+        self.scale = scale;
+        let inverse = simd.splat(inverse);
+        map(
+            simd,
+            factors,
+            #[inline(always)]
+            |x| simd.mul(x, inverse),
+        );
     }
 }
 

@@ -284,7 +284,9 @@ impl<T: KvNumber> Product<T> {
             let mut next = self.next.wrapping_add(col * T::PAIR);
             let mut factors = self.factors;
             for _ in 0..self.num_rows / 2 {
-                simd.prefetch(next.cast());
+                for row in (0..2).step_by(T::PAIR) {
+                    simd.prefetch(next.wrapping_add(row * self.cols).cast());
+                }
                 T::add_two_rows(simd, &mut sums, (x, self.cols), (factors, self.factor_stride));
                 // Past the last row this may point behind the block: nothing is read there.
                 x = x.wrapping_add(2 * self.cols);

@@ -187,6 +187,11 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn max_lane(self, v: __m512) -> f32 {
+        avx512!(_mm512_reduce_max_ps(v))
+    }
+
+    #[inline(always)]
     fn sum4(self, v: [__m512; 4]) -> [f32; 4] {
         avx512!({
             // The upper half is added to the lower one; from there on the tree is that of AVX2.

@@ -96,7 +96,8 @@ pub(crate) trait Simd: Copy {
     /// The nearest whole number, ties to even.
     fn round(self, a: Self::Vector) -> Self::Vector;
 
-    /// Two to the power of each lane. The lanes are whole numbers in -126..=127; others give unspecified numbers.
+    /// Two to the power of each lane. The lanes are whole numbers in -126..=127, or -127, which gives 0; others give
+    /// unspecified numbers.
     fn pow2(self, a: Self::Vector) -> Self::Vector;
 
     /// Each lane rounded to bf16 (nearest, ties to even); NaN stays NaN.
@@ -158,6 +159,9 @@ pub(crate) trait Simd: Copy {
 
     /// Ask for the cache line at `x`, which may be any address.
     fn prefetch(self, x: *const u8);
+
+    /// The largest lane; an unspecified number if one is NaN.
+    fn max_lane(self, v: Self::Vector) -> f32;
 
     /// The sum over the lanes, in the same order as [`Simd::sum4`].
     #[inline(always)]

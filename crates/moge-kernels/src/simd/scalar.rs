@@ -161,6 +161,11 @@ impl Simd for Scalar {
     fn prefetch(self, _: *const u8) {}
 
     #[inline(always)]
+    fn max_lane(self, v: f32) -> f32 {
+        v
+    }
+
+    #[inline(always)]
     fn sum4(self, v: [f32; 4]) -> [f32; 4] {
         v
     }
