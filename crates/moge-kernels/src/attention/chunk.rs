@@ -47,8 +47,6 @@ pub(super) struct Worker {
     tile: Tile,
     /// Parts of a tile.
     parts: Vec<f32>,
-    /// Merged parts of a run.
-    pub(super) merged: Vec<f32>,
 }
 
 impl Worker {
@@ -58,18 +56,45 @@ impl Worker {
             queries: Queries::new(max_queries, width),
             tile: Tile::new(),
             parts: vec![0.0; TILE_QUERIES * part_len(width)],
-            merged: vec![0.0; max_queries * part_len(width)],
         }
     }
 
     /// Bytes that [`Worker::new`] takes.
     pub(super) fn bytes(max_queries: usize, width: usize) -> usize {
-        let parts = 4 * (TILE_QUERIES + max_queries) * part_len(width);
-        size_of::<Worker>() + Queries::bytes(max_queries, width) + parts
+        size_of::<Worker>() + Queries::bytes(max_queries, width) + 4 * TILE_QUERIES * part_len(width)
     }
 }
 
-/// Attend a run of rows, whose queries `worker` holds, to one chunk, and merge what comes out into `worker.merged`.
+/// Ask for what a chunk begins with, and for what comes in pieces too small for the processor to foresee: the keys of
+/// the first block, and all scales.
+pub(super) struct PrefetchChunk<'a, T> {
+    pub(super) kv: KvView<'a, T>,
+    pub(super) heads: &'a [usize],
+}
+
+impl<T: KvNumber> SimdOp for PrefetchChunk<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        const LINE_BYTES: usize = 64;
+        let (head_len, block_size) = (self.kv.layout.head_len(), self.kv.layout.block_size);
+        let keys = &self.kv.keys[self.heads[0] * head_len..][..head_len];
+        for keys in keys.chunks(LINE_BYTES / size_of::<T>()) {
+            simd.prefetch(keys.as_ptr().cast());
+        }
+        for head in self.heads {
+            for scales in [self.kv.key_scales, self.kv.value_scales] {
+                let scales = scales.get(head * block_size..(head + 1) * block_size).unwrap_or_default();
+                for scales in scales.chunks(LINE_BYTES / size_of::<f32>()) {
+                    simd.prefetch(scales.as_ptr().cast());
+                }
+            }
+        }
+    }
+}
+
+/// Attend a run of rows, whose queries `worker` holds, to one chunk, and merge what comes out into `merged`.
 pub(super) struct AttendChunk<'a, T: KvNumber> {
     pub(super) kv: KvView<'a, T>,
     /// The heads of the chunk's blocks, as [`super::paged_kv::Layout::head_index`] counts them.
@@ -82,6 +107,8 @@ pub(super) struct AttendChunk<'a, T: KvNumber> {
     /// True if `merged` holds nothing yet.
     pub(super) is_first: bool,
     pub(super) worker: &'a mut Worker,
+    /// Merged parts of the run's queries.
+    pub(super) merged: &'a mut [f32],
 }
 
 impl<T: Attend> SimdOp for AttendChunk<'_, T> {
@@ -114,7 +141,7 @@ impl<T: Attend> AttendChunk<'_, T> {
         let (layout, width) = (self.kv.layout, self.kv.layout.width());
         self.worker.queries.check(queries.end, width);
         assert!(self.worker.parts.len() >= TILE_QUERIES * part_len(width));
-        assert!(self.worker.merged.len() >= queries.end * part_len(width));
+        assert!(self.merged.len() >= queries.end * part_len(width));
         assert!(queries.is_empty() || self.num_keys(queries.end - 1) <= self.heads.len() * layout.block_size);
         for head in self.heads {
             assert!((head + 1) * layout.head_len() <= self.kv.keys.len().min(self.kv.values.len()));
@@ -135,8 +162,8 @@ impl<T: Attend> AttendChunk<'_, T> {
             num_keys[m] = self.num_keys(query);
         }
         let num_keys = &num_keys[..queries.len()];
-        let Worker { tile, parts, merged, .. } = &mut *self.worker;
-        let merged = &mut merged[queries.start * part_len..queries.end * part_len];
+        let Worker { tile, parts, .. } = &mut *self.worker;
+        let merged = &mut self.merged[queries.start * part_len..queries.end * part_len];
         let parts = &mut parts[..merged.len()];
         let out = if self.is_first { &mut *merged } else { &mut *parts };
         // SAFETY: The caller's promise; the lengths of scores, weights and parts are those of a tile.

@@ -18,7 +18,7 @@ use std::ops::Range;
 use crate::cpu::{Cpu, SharedMut};
 use crate::elements::{ActivationType, round_to_bf16};
 use crate::isa::Isa;
-use chunk::{AttendChunk, CHUNK_LEN, MergeParts, Worker, part_len};
+use chunk::{AttendChunk, CHUNK_LEN, MergeParts, PrefetchChunk, Worker, part_len};
 use encode::{Attend, PutQueries};
 pub use paged_kv::{KvType, PagedKv};
 use paged_kv::{KvView, Store};
@@ -98,34 +98,38 @@ struct Step<'a, T> {
 
 impl<T: Attend> Step<'_, T> {
     fn attend(&self, cpu: &Cpu, out: &mut [f32], scratch: &mut AttentionScratch) {
-        let num_kv_heads = self.limits.num_kv_heads;
-        let (slot_len, heads_len) = (self.limits.slot_len(), self.limits.heads_len());
-        let AttentionScratch { work, spread_rows, workers, slots, .. } = scratch;
-        let (workers, slots) = (SharedMut::new(workers), SharedMut::new(slots));
-        let out = SharedMut::new(out);
-        let slot = |slot: usize, kv_head: usize| {
-            let start = slot * slot_len + kv_head * heads_len;
-            start..start + heads_len
+        let (num_kv_heads, num_slots) = (self.limits.num_kv_heads, self.limits.num_slots());
+        let (run_len, heads_len) = (self.limits.run_len(), self.limits.heads_len());
+        let AttentionScratch { work, spread_rows, workers, merged, slots, .. } = scratch;
+        let [merged, slots, out] = [merged, slots, out].map(SharedMut::new);
+        let workers = SharedMut::new(workers);
+        let slots_at = |kv_head: usize, first: usize, num: usize| {
+            let start = (kv_head * num_slots + first) * heads_len;
+            start..start + num * heads_len
         };
         cpu.for_each_with_worker(work.len() * num_kv_heads, |worker, index| {
             let (work, kv_head) = (&work[index / num_kv_heads], index % num_kv_heads);
-            // SAFETY: Each thread has its own.
-            let worker = unsafe { &mut workers.slice(worker..worker + 1)[0] };
-            self.attend_work(work, kv_head, worker);
-            for (index, parts) in worker.merged.chunks_exact(heads_len).take(work.rows.len()).enumerate() {
-                let Some(waiting) = &work.waiting else {
-                    // SAFETY: Each row and KV head is in one item of work only.
-                    self.write_out(unsafe { out.slice(self.numbers_of(work.rows.start + index, kv_head)) }, parts);
-                    continue;
+            // SAFETY: Each thread has its own worker and run; each slot and KV head is in one item of work only.
+            let (run, worker) = unsafe {
+                let run = match work.first_slot {
+                    Some(slot) => slots.slice(slots_at(kv_head, slot, work.rows.len())),
+                    None => merged.slice(worker * run_len..(worker + 1) * run_len),
                 };
-                // SAFETY: Each slot and KV head is in one item of work only.
-                unsafe { slots.slice(slot(waiting.slot_of(index), kv_head)) }.copy_from_slice(parts);
+                (run, &mut workers.slice(worker..worker + 1)[0])
+            };
+            self.attend_work(work, kv_head, worker, run);
+            if work.first_slot.is_none() {
+                for (row, parts) in work.rows.clone().zip(run.chunks_exact(heads_len)) {
+                    // SAFETY: Each row and KV head is in one item of work only.
+                    self.write_out(unsafe { out.slice(self.numbers_of(row, kv_head)) }, parts);
+                }
             }
         });
         cpu.for_each(spread_rows.len() * num_kv_heads, |index| {
             let (spread, kv_head) = (&spread_rows[index / num_kv_heads], index % num_kv_heads);
+            let slot = |chunk: usize| slots_at(kv_head, spread.first_slot + chunk * spread.slot_step, 1);
             // SAFETY: Each slot belongs to one spread row, and each of its KV heads to one item of this loop.
-            let mut parts = spread.slots.clone().map(|index| unsafe { slots.slice(slot(index, kv_head)) });
+            let mut parts = (0..spread.num_chunks).map(|chunk| unsafe { slots.slice(slot(chunk)) });
             if let Some(merged) = parts.next() {
                 for next in parts {
                     self.isa.run(MergeParts { merged, next, part_len: part_len(self.kv.layout.width()) });
@@ -136,32 +140,38 @@ impl<T: Attend> Step<'_, T> {
         });
     }
 
-    /// Leave the merged parts of a run of rows, `[rows.len(), q_per_kv, part_len]`, in `worker.merged`.
-    fn attend_work(&self, work: &Work, kv_head: usize, worker: &mut Worker) {
-        let (layout, sequence) = (self.kv.layout, &self.rows.sequences[work.sequence]);
-        for (index, row) in work.rows.clone().enumerate() {
-            let q = &self.rows.q[self.numbers_of(row, kv_head)];
-            let first = index * self.limits.q_per_kv();
-            self.isa.run(PutQueries::<T>::new(&mut worker.queries, first, q, layout));
-        }
+    /// Leave the merged parts of a run of rows, `[rows.len(), q_per_kv, part_len]`, in `merged`.
+    fn attend_work(&self, work: &Work, kv_head: usize, worker: &mut Worker, merged: &mut [f32]) {
+        let (kv, layout, q_per_kv) = (self.kv, self.kv.layout, self.limits.q_per_kv());
         let num_tokens = work.position + work.rows.len();
         for chunk in work.chunks.clone() {
+            let is_first = chunk == work.chunks.start;
             let chunk_start = chunk * CHUNK_LEN;
             let chunk_end = num_tokens.min(chunk_start + CHUNK_LEN);
             let blocks = chunk_start / layout.block_size..chunk_end.div_ceil(layout.block_size);
             let mut heads = [0; CHUNK_LEN / paged_kv::MIN_BLOCK_SIZE];
-            for (head, block) in heads.iter_mut().zip(blocks.clone()) {
-                *head = layout.head_index(sequence, kv_head, block);
+            let heads = &mut heads[..blocks.len()];
+            for (head, block) in heads.iter_mut().zip(blocks) {
+                *head = layout.head_index(&self.rows.sequences[work.sequence], kv_head, block);
             }
+            self.isa.run(PrefetchChunk { kv, heads });
+            if is_first {
+                for (index, row) in work.rows.clone().enumerate() {
+                    let q = &self.rows.q[self.numbers_of(row, kv_head)];
+                    self.isa.run(PutQueries::<T>::new(&mut worker.queries, index * q_per_kv, q, layout));
+                }
+            }
+            let (position, num_rows) = (work.position, work.rows.len());
             self.isa.run(AttendChunk {
-                kv: self.kv,
-                heads: &heads[..blocks.len()],
-                position: work.position,
+                kv,
+                heads,
+                position,
                 chunk_start,
-                num_rows: work.rows.len(),
-                q_per_kv: self.limits.q_per_kv(),
-                is_first: chunk == work.chunks.start,
+                num_rows,
+                q_per_kv,
+                is_first,
                 worker,
+                merged,
             });
         }
     }

@@ -41,7 +41,7 @@ impl AttentionLimits {
     }
 
     /// Chunks that can wait to be merged: those of one row with the longest context.
-    fn num_slots(self) -> usize {
+    pub(super) fn num_slots(self) -> usize {
         self.max_context.div_ceil(CHUNK_LEN)
     }
 
@@ -50,16 +50,17 @@ impl AttentionLimits {
         self.q_per_kv() * part_len(self.width())
     }
 
-    /// Numbers of a chunk that waits to be merged.
-    pub(super) fn slot_len(self) -> usize {
-        self.num_kv_heads * self.heads_len()
+    /// Numbers of the parts of a run.
+    pub(super) fn run_len(self) -> usize {
+        RUN_ROWS * self.heads_len()
     }
 
     /// Bytes that the scratch takes.
     pub fn scratch_bytes(self) -> usize {
-        let workers = self.num_threads * Worker::bytes(RUN_ROWS * self.q_per_kv(), self.width());
-        let slots = self.num_slots() * (4 * self.slot_len() + size_of::<Work>() + size_of::<SpreadRow>());
-        workers + slots + self.max_rows * (size_of::<Work>() + size_of::<WriteRun>())
+        let worker_bytes = Worker::bytes(RUN_ROWS * self.q_per_kv(), self.width()) + 4 * self.run_len();
+        let slot_bytes = 4 * self.num_kv_heads * self.heads_len() + size_of::<Work>() + size_of::<SpreadRow>();
+        let row_bytes = size_of::<Work>() + size_of::<WriteRun>();
+        self.num_threads * worker_bytes + self.num_slots() * slot_bytes + self.max_rows * row_bytes
     }
 
     /// Panics unless a step of `num_rows` on a cache of `layout` is within these limits.
@@ -77,6 +78,9 @@ impl AttentionLimits {
 pub struct AttentionScratch {
     pub(super) limits: AttentionLimits,
     pub(super) workers: Vec<Worker>,
+    /// Merged parts of a run, for each thread.
+    pub(super) merged: Vec<f32>,
+    /// Parts that wait to be merged, `[num_kv_heads, num_slots, heads_len]`.
     pub(super) slots: Vec<f32>,
     pub(super) work: Vec<Work>,
     pub(super) spread_rows: Vec<SpreadRow>,
@@ -93,31 +97,18 @@ pub(super) struct Work {
     /// Position of the first row in its sequence.
     pub(super) position: usize,
     pub(super) chunks: Range<usize>,
-    /// For one chunk of spread rows: where its parts wait.
-    pub(super) waiting: Option<Waiting>,
+    /// For one chunk of spread rows: the slot where the first row's parts wait, those of the others behind it.
+    pub(super) first_slot: Option<usize>,
 }
 
-/// Where the parts of one chunk wait to be merged.
-#[derive(Clone, Debug)]
-pub(super) struct Waiting {
-    /// Slot of the first row.
-    slot: usize,
-    /// Slots of each row.
-    slots_per_row: usize,
-}
-
-impl Waiting {
-    /// Slot of the row `index` of the work.
-    pub(super) fn slot_of(&self, index: usize) -> usize {
-        self.slot + index * self.slots_per_row
-    }
-}
-
-/// A row whose chunks wait in `slots` to be merged.
+/// A row whose chunks wait in slots to be merged.
 #[derive(Clone, Debug)]
 pub(super) struct SpreadRow {
     pub(super) row: usize,
-    pub(super) slots: Range<usize>,
+    /// Slot of the first chunk, how many slots on the next one is, and how many there are.
+    pub(super) first_slot: usize,
+    pub(super) slot_step: usize,
+    pub(super) num_chunks: usize,
 }
 
 impl AttentionScratch {
@@ -136,7 +127,8 @@ impl AttentionScratch {
         AttentionScratch {
             limits,
             workers: (0..limits.num_threads).map(worker).collect(),
-            slots: vec![0.0; limits.num_slots() * limits.slot_len()],
+            merged: vec![0.0; limits.num_threads * limits.run_len()],
+            slots: vec![0.0; limits.num_kv_heads * limits.num_slots() * limits.heads_len()],
             work: Vec::with_capacity(limits.max_rows + limits.num_slots()),
             spread_rows: Vec::with_capacity(limits.num_slots()),
             write_runs: Vec::with_capacity(limits.max_rows),
@@ -155,19 +147,21 @@ impl AttentionScratch {
                 rows: first_row + start..first_row + end,
                 position: sequence.first_position + start,
                 chunks: 0..num_chunks(end),
-                waiting: None,
+                first_slot: None,
             };
-            let (num_rows, slots_per_row) = (sequence.num_rows, num_chunks(sequence.num_rows));
-            let end_slot = first_slot + num_rows * slots_per_row;
-            if num_rows <= MAX_SPREAD_ROWS && slots_per_row > 1 && end_slot <= self.limits.num_slots() {
-                self.work.extend((0..slots_per_row).map(|chunk| Work {
+            let (num_rows, most_chunks) = (sequence.num_rows, num_chunks(sequence.num_rows));
+            let end_slot = first_slot + num_rows * most_chunks;
+            if num_rows <= MAX_SPREAD_ROWS && most_chunks > 1 && end_slot <= self.limits.num_slots() {
+                self.work.extend((0..most_chunks).map(|chunk| Work {
                     chunks: chunk..chunk + 1,
-                    waiting: Some(Waiting { slot: first_slot + chunk, slots_per_row }),
+                    first_slot: Some(first_slot + chunk * num_rows),
                     ..work(0, num_rows)
                 }));
-                self.spread_rows.extend((0..num_rows).map(|row| {
-                    let slot = first_slot + row * slots_per_row;
-                    SpreadRow { row: first_row + row, slots: slot..slot + num_chunks(row + 1) }
+                self.spread_rows.extend((0..num_rows).map(|row| SpreadRow {
+                    row: first_row + row,
+                    first_slot: first_slot + row,
+                    slot_step: num_rows,
+                    num_chunks: num_chunks(row + 1),
                 }));
                 first_slot = end_slot;
             } else {

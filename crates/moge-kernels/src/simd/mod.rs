@@ -382,6 +382,61 @@ mod tests {
         }
     }
 
+    /// What the methods on pairs made of pairs of int8 and of bf16 numbers and one pair of int16.
+    struct PairMethods<'a> {
+        int8: &'a [i8; 2 * MAX_LANES],
+        halves: &'a [bf16; 2 * MAX_LANES],
+        factors: [i16; 2],
+    }
+
+    /// Of each lane: sum of products, that as f32, first and second of bf16, and the lane rounded to i16.
+    type PairLanes = ([i32; MAX_LANES], [[f32; MAX_LANES]; 3], [i16; MAX_LANES]);
+
+    impl SimdOp for PairMethods<'_> {
+        type Output = (usize, PairLanes, f32);
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> Self::Output {
+            let (mut sums, mut floats, mut rounded) = ([0; MAX_LANES], [[0.0; MAX_LANES]; 3], [0; MAX_LANES]);
+            // SAFETY: Every array holds MAX_LANES numbers or pairs.
+            let (v, first, second) = unsafe {
+                let (pairs, factors) = (simd.load_i8_pairs(self.int8.as_ptr()), simd.splat_pair(self.factors.as_ptr()));
+                let once = simd.add_pair_products(pairs, factors, simd.zero_i32());
+                simd.store_i32(sums.as_mut_ptr(), simd.add_pair_products(pairs, factors, once));
+                let v = simd.i32_to_f32(simd.load_i32(sums.as_ptr()));
+                simd.store_i16(rounded.as_mut_ptr(), simd.mul(v, simd.splat(0.5)));
+                (v, simd.load_bf16_first(self.halves.as_ptr()), simd.load_bf16_second(self.halves.as_ptr()))
+            };
+            for (out, v) in floats.iter_mut().zip([v, first, second]) {
+                simd.store(out, v);
+            }
+            simd.prefetch(self.int8.as_ptr().cast());
+            (S::LANES, (sums, floats, rounded), simd.max_lane(v))
+        }
+    }
+
+    #[test]
+    fn methods_on_pairs_agree_with_plain_arithmetic_on_every_isa() {
+        let int8: [i8; 2 * MAX_LANES] = std::array::from_fn(|i| (i as i32 * 37 % 255 - 127) as i8);
+        let halves: [bf16; 2 * MAX_LANES] = std::array::from_fn(|i| bf16::from_f32(i as f32 * 1.7 - 20.0));
+        let factors = [-127, 93];
+        for isa in Isa::available() {
+            let (num_lanes, (sums, floats, rounded), max) =
+                isa.run(PairMethods { int8: &int8, halves: &halves, factors });
+            let mut expected_max = f32::NEG_INFINITY;
+            for i in 0..num_lanes {
+                let product = |j: usize| i32::from(int8[2 * i + j]) * i32::from(factors[j]);
+                let sum = 2 * (product(0) + product(1));
+                assert_eq!(sums[i], sum, "{} lane {i}", isa.name());
+                let expected = [sum as f32, halves[2 * i].to_f32(), halves[2 * i + 1].to_f32()];
+                assert_eq!(floats.map(|lanes| lanes[i]), expected, "{} lane {i}", isa.name());
+                assert_eq!(i32::from(rounded[i]), sum / 2, "{} lane {i}", isa.name());
+                expected_max = expected_max.max(sum as f32);
+            }
+            assert_eq!(max, expected_max, "{}", isa.name());
+        }
+    }
+
     #[test]
     fn max_and_min_give_the_second_argument_for_nan() {
         let nan = [f32::NAN; MAX_LANES];
