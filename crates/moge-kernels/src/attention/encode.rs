@@ -100,9 +100,7 @@ pub(super) fn max_abs<S: Simd>(simd: S, x: &[f32]) -> f32 {
         max = simd.max(max, simd.max(x, simd.sub(zero, x)));
         not_finite = simd.mul_add(x, zero, not_finite);
     }
-    let mut lanes = [0.0; crate::simd::MAX_LANES];
-    simd.store(&mut lanes, max);
-    lanes.iter().copied().fold(0.0, f32::max) + simd.sum(not_finite)
+    simd.max_lane(max) + simd.sum(not_finite)
 }
 
 /// Scale that makes numbers up to `max_abs` integers up to `limit`, and its inverse. Numbers too small for a normal

@@ -57,8 +57,8 @@ pub struct AttentionRows<'a> {
 /// `out[t, h] = sum over j of softmax_j(q[t, h] . k[j] / sqrt(head_dim)) * v[j]` over the positions `j` up to that of row `t`.
 ///
 /// Shape: `out` `[num_rows, num_q_heads * head_dim]`. Keys and values of these rows must have been written. Softmax and
-/// sums are f32; with an int8 cache queries and weights are rounded to 16 bits ([`encode`]) and their sums with keys and
-/// with the values of a chunk are exact. A row whose scores hold a NaN or +inf becomes NaN; with an int8 cache any NaN or
+/// sums are f32; with an int8 cache queries and weights are rounded to 16 bits, and their sums with keys and with the
+/// values of a chunk are exact. A row whose scores hold a NaN or +inf becomes NaN; with an int8 cache any NaN or
 /// infinity among what a row reads does that.
 ///
 /// # Panics
