@@ -7,6 +7,8 @@
 
 mod common;
 
+use std::time::Instant;
+
 use common::{cpu_of_arguments, peak_flops, read_bandwidth, report, seconds};
 use moge_kernels::{
     ActivationType, AttentionLimits, AttentionRows, AttentionScratch, BlockId, Cpu, KvType, PagedKv, QkvParams,
@@ -38,6 +40,7 @@ fn main() {
                 "GB/s",
                 || {
                     layer.evict(&numbers);
+                    wake(&cpu);
                     bytes as f64 / seconds(|| layer.attend(&cpu, context - 1, 1))
                 },
                 || read_bandwidth(&cpu, &numbers),
@@ -62,6 +65,14 @@ fn main() {
             },
             || read_bandwidth(&cpu, &numbers),
         );
+    }
+}
+
+/// Have all threads awake, as in the middle of a step.
+fn wake(cpu: &Cpu) {
+    let start = Instant::now();
+    while start.elapsed().as_micros() < 200 {
+        cpu.for_each(cpu.num_threads(), |_| {});
     }
 }
 
