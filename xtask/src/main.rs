@@ -1,9 +1,11 @@
 //! The project's chores. `cargo xtask help` lists them.
 
+mod bench;
 mod chores;
+mod peers;
 
 use std::env;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Result, bail};
@@ -27,6 +29,7 @@ fn run_task() -> Result<()> {
     match task {
         "check" => chores::check(rest),
         "test" => chores::test(rest),
+        "bench" => bench::run(rest),
         "help" | "-h" | "--help" => {
             print_help();
             Ok(())
@@ -38,13 +41,19 @@ fn run_task() -> Result<()> {
 fn print_help() {
     println!("cargo xtask check [STEP..]  what must hold before a commit");
     println!("cargo xtask test [STEP..]   all of `check`, then every test; needs only a Rust toolchain");
+    println!("cargo xtask bench WHAT      measure, on an otherwise idle machine; `cargo xtask bench help` says what");
     println!("cargo xtask help            this text\n");
     chores::print_steps();
+}
+
+/// The repository's root.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
 /// The cargo that runs us, in the repository's root, with nothing to read.
 fn cargo() -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("..")).stdin(Stdio::null());
+    command.current_dir(root()).stdin(Stdio::null());
     command
 }
