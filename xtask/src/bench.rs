@@ -12,17 +12,20 @@ pub(crate) fn run(words: &[String]) -> Result<()> {
     };
     match what.as_str() {
         "peers" => peers::run(rest),
+        // A feature, because nothing else needs the crate we compare with.
+        "gemm" => cargo_bench("bench --package xtask --features gemm-crate --bench gemm_crate", rest),
         "attention" => cargo_bench("bench --package moge-kernels --bench attention", rest),
         "help" | "-h" | "--help" => {
             print_help();
             Ok(())
         }
-        other => bail!("no measurement is called `{other}`; there are peers, attention"),
+        other => bail!("no measurement is called `{other}`; there are peers, gemm, attention"),
     }
 }
 
 fn print_help() {
     println!("cargo xtask bench peers [OPTION..]            moge beside llama.cpp on models of the same shape");
+    println!("cargo xtask bench gemm [NUM_THREADS [ISA]]    f32 and bf16 products beside the crate `gemm`");
     println!("cargo xtask bench attention [ARGUMENT..]      attention at contexts of 2 K, 8 K and 32 K\n");
     peers::print_options();
 }
