@@ -40,7 +40,7 @@ pub use elements::{ActivationType, Dtype, Elements, Matrix, round_to_bf16};
 pub use embedding::embed;
 pub use gemm::{GroupedRows, gemm, grouped_gemm, grouped_swiglu};
 pub use isa::{Isa, UnknownIsa};
-pub use norm::{add, rms_norm, rms_norm_in_place};
+pub use norm::{RmsNormParams, add, rms_norm, rms_norm_in_place};
 pub use pool::MAX_THREADS;
 pub use quant::{
     ExpertsDown, PACKED_LAYOUT_VERSION, PANEL_ROWS, PackError, PackedFormat, PackedMatrix, QUANT_BLOCK_LEN,

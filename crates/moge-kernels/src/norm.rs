@@ -2,10 +2,30 @@
 
 use crate::cpu::Cpu;
 use crate::elements::ActivationType;
+use crate::isa::Isa;
 use crate::simd::{Simd, SimdOp};
 
 /// Registers that sum squares side by side, so that their latencies overlap.
 const NUM_SUMS: usize = 4;
+
+/// What an RMSNorm multiplies with and adds.
+#[derive(Clone, Copy, Debug)]
+pub struct RmsNormParams<'a> {
+    /// `[width]`.
+    pub weight: &'a [f32],
+    /// Added to the mean of the squares.
+    pub eps: f32,
+    /// Whether the result is rounded.
+    pub activation: ActivationType,
+}
+
+/// [`rms_norm`] of one row.
+pub(crate) fn rms_norm_row(isa: Isa, out: &mut [f32], x: &[f32], params: RmsNormParams<'_>) {
+    let RmsNormParams { weight, eps, activation } = params;
+    assert!(out.len() == weight.len(), "a row of {}, a weight of {}", out.len(), weight.len());
+    out.copy_from_slice(x);
+    isa.run(RmsNorm { x: out, weight, eps, activation });
+}
 
 /// `out = x / sqrt(mean(x^2) + eps) * weight` for each row, rounded if `activation` says so.
 ///
@@ -14,15 +34,14 @@ const NUM_SUMS: usize = 4;
 ///
 /// # Panics
 /// If a length does not fit.
-pub fn rms_norm(cpu: &Cpu, out: &mut [f32], x: &[f32], weight: &[f32], eps: f32, activation: ActivationType) {
+pub fn rms_norm(cpu: &Cpu, out: &mut [f32], x: &[f32], params: RmsNormParams<'_>) {
     assert_eq!(out.len(), x.len(), "out and x");
-    let width = weight.len();
+    let width = params.weight.len();
     let isa = cpu.isa();
     cpu.for_each_rows(out, width, |rows, out| {
         let x = &x[rows.start * width..rows.end * width];
         for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-            out.copy_from_slice(x);
-            isa.run(RmsNorm { x: out, weight, eps, activation });
+            rms_norm_row(isa, out, x, params);
         }
     });
 }
@@ -136,7 +155,7 @@ impl SimdOp for Add<'_> {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
-    use super::{add, rms_norm, rms_norm_in_place};
+    use super::{RmsNormParams, add, rms_norm, rms_norm_in_place};
     use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu};
     use crate::{ActivationType, round_to_bf16};
 
@@ -156,12 +175,13 @@ mod tests {
                     expected.extend(x.iter().zip(&weight).map(|(&x, &w)| f64::from(x) * scale * f64::from(w)));
                 }
                 let mut out = vec![0.0; x.len()];
-                rms_norm(&cpu, &mut out, &x, &weight, EPS, ActivationType::F32);
+                let params = RmsNormParams { weight: &weight, eps: EPS, activation: ActivationType::F32 };
+                rms_norm(&cpu, &mut out, &x, params);
                 assert_close(&out, &expected, 2e-6, 0.0);
                 let mut in_place = x.clone();
                 rms_norm_in_place(&cpu, &mut in_place, &weight, EPS, ActivationType::F32);
                 assert_same_bits(&in_place, &out);
-                rms_norm(&cpu, &mut in_place, &x, &weight, EPS, ActivationType::Bf16);
+                rms_norm(&cpu, &mut in_place, &x, RmsNormParams { activation: ActivationType::Bf16, ..params });
                 assert!(in_place.iter().zip(&out).all(|(&rounded, &y)| rounded == round_to_bf16(y)));
             }
         }
@@ -174,10 +194,11 @@ mod tests {
             let mut numbers = Numbers::new(5);
             let (x, weight) = (numbers.vec(num_rows * width), numbers.vec(width));
             let mut all = vec![0.0; x.len()];
-            rms_norm(&cpu, &mut all, &x, &weight, EPS, ActivationType::F32);
+            let params = RmsNormParams { weight: &weight, eps: EPS, activation: ActivationType::F32 };
+            rms_norm(&cpu, &mut all, &x, params);
             for (all, x) in all.chunks_exact(width).zip(x.chunks_exact(width)) {
                 let mut alone = vec![0.0; width];
-                rms_norm(&cpu, &mut alone, x, &weight, EPS, ActivationType::F32);
+                rms_norm(&cpu, &mut alone, x, params);
                 assert_same_bits(&alone, all);
             }
         }

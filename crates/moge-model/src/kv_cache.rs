@@ -21,7 +21,7 @@ impl KvCache {
     }
 
     /// Store the same keys and values in every layer, for measuring a context that nobody computed. Shapes and panics are
-    /// those of [`write_qkv`] without norms and RoPE.
+    /// those of `write_qkv` without norms and RoPE.
     pub fn write(&mut self, cpu: &Cpu, config: &ModelConfig, [k, v]: [&mut [f32]; 2], sequences: &[SequenceRows]) {
         let num_rows = sequences.iter().map(|sequence| sequence.num_rows).sum();
         let mut scratch = AttentionScratch::new(AttentionLimits {
@@ -35,8 +35,9 @@ impl KvCache {
         let params = QkvParams {
             norms: None,
             eps: 0.0,
-            angles: RopeAngles { cos: &[], sin: &[] },
-            rope: RopeHead { head_dim: config.head_dim, rotary_dim: 0, layout: config.rope.layout },
+            // Two numbers of each head turn, by nothing.
+            angles: RopeAngles { cos: &vec![1.0; num_rows], sin: &vec![0.0; num_rows] },
+            rope: RopeHead { head_dim: config.head_dim, rotary_dim: 2, layout: config.rope.layout },
             activation: ActivationType::F32,
         };
         let mut q = vec![0.0; num_rows * config.q_size()];

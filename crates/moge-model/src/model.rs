@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use moge_kernels::{
-    ActivationType, AttentionRows, Cpu, ExpertsDown, GroupedRows, PagedKv, QkvParams, QuantizedRows, RopeAngles,
-    RopeHead, add, combine, embed, gemm, grouped_gemm, grouped_swiglu, packed_experts_down, packed_gemm, packed_swiglu,
-    paged_attention, rms_norm, rms_norm_in_place, rope_inverse_frequencies, write_qkv,
+    ActivationType, AttentionRows, Cpu, ExpertsDown, GroupedRows, PagedKv, QkvParams, QuantizedRows, RmsNormParams,
+    RopeAngles, RopeHead, add, combine, embed, gemm, grouped_gemm, grouped_swiglu, packed_experts_down, packed_gemm,
+    packed_swiglu, paged_attention, rms_norm, rms_norm_in_place, rope_inverse_frequencies, write_qkv,
 };
 use thiserror::Error;
 
@@ -129,9 +129,9 @@ impl Model {
     fn attention(&self, cpu: &Cpu, layer: &Layer, batch: &Batch, kv: &mut PagedKv, work: &mut Workspace) {
         let Workspace { hidden, normed, q, k, v, attention, projected, quantized, activation, .. } = work;
         let eps = self.config.rms_norm_eps;
-        rms_norm(cpu, normed, hidden, &layer.attention_norm, eps, *activation);
+        let norm = RmsNormParams { weight: &layer.attention_norm, eps, activation: *activation };
+        let input = Input::normed(cpu, normed, quantized, hidden, norm, &layer.q.weight);
         work.profile.mark(Operator::Norm);
-        let input = Input::new(cpu, normed, quantized, &layer.q.weight);
         linear(cpu, q, input, &layer.q);
         linear(cpu, k, input, &layer.k);
         linear(cpu, v, input, &layer.v);
@@ -161,7 +161,13 @@ impl Model {
     /// `hidden += [norm] mlp(norm(hidden))`.
     fn mlp(&self, cpu: &Cpu, layer: &Layer, work: &mut Workspace) {
         let eps = self.config.rms_norm_eps;
-        rms_norm(cpu, &mut work.normed, &work.hidden, &layer.mlp_norm, eps, work.activation);
+        let dense = match &layer.mlp {
+            LayerMlp::Dense(mlp) => mlp,
+            LayerMlp::GroupedExperts(experts) => &experts.shared,
+        };
+        let Workspace { hidden, normed, quantized, activation, .. } = work;
+        let norm = RmsNormParams { weight: &layer.mlp_norm, eps, activation: *activation };
+        Input::normed(cpu, normed, quantized, hidden, norm, &dense.gate_up[0]);
         work.profile.mark(Operator::Norm);
         match &layer.mlp {
             LayerMlp::Dense(mlp) => {
@@ -208,8 +214,9 @@ impl Model {
     /// Logits of the rows that were kept.
     fn logits(&self, cpu: &Cpu, work: &mut Workspace) {
         let Workspace { hidden, normed, quantized, logits, activation, .. } = work;
-        rms_norm(cpu, normed, hidden, &self.network.final_norm, self.config.rms_norm_eps, *activation);
-        product(cpu, logits, Input::new(cpu, normed, quantized, &self.network.head), &self.network.head, None);
+        let Network { final_norm, head, .. } = &self.network;
+        let norm = RmsNormParams { weight: final_norm, eps: self.config.rms_norm_eps, activation: *activation };
+        product(cpu, logits, Input::normed(cpu, normed, quantized, hidden, norm, head), head, None);
         work.profile.mark(Operator::Head);
     }
 }
@@ -231,6 +238,23 @@ impl<'a> Input<'a> {
         }
         Input { values, quantized }
     }
+
+    /// As [`Input::new`], of the norm of `x`, which `values` holds afterwards.
+    fn normed(
+        cpu: &Cpu,
+        values: &'a mut [f32],
+        quantized: &'a mut QuantizedRows,
+        x: &[f32],
+        norm: RmsNormParams<'_>,
+        weight: &Weight,
+    ) -> Input<'a> {
+        if weight.is_packed() {
+            quantized.quantize_normed(cpu, values, x, norm);
+        } else {
+            rms_norm(cpu, values, x, norm);
+        }
+        Input { values, quantized }
+    }
 }
 
 fn linear(cpu: &Cpu, out: &mut [f32], x: Input<'_>, linear: &Linear) {
@@ -244,13 +268,13 @@ fn product(cpu: &Cpu, out: &mut [f32], x: Input<'_>, weight: &Weight, bias: Opti
     }
 }
 
-/// `projected = down(silu(gate(normed)) * up(normed))`: one expert that every row goes to.
+/// `projected = down(silu(gate(normed)) * up(normed))`: one expert that every row goes to. Where gate and up are packed,
+/// `quantized` holds the rows of `normed`.
 fn dense_mlp(cpu: &Cpu, mlp: &Swiglu, work: &mut Workspace) {
     let Workspace { normed, inner, projected, quantized, activation, num_rows, .. } = work;
     let inner = &mut inner[..*num_rows * mlp.down.cols()];
-    let input = Input::new(cpu, normed, quantized, &mlp.gate_up[0]);
     if mlp.gate_up[0].is_packed() {
-        packed_swiglu(cpu, inner, input.quantized, &|_| mlp.gate_up.each_ref().map(Weight::packed));
+        packed_swiglu(cpu, inner, quantized, &|_| mlp.gate_up.each_ref().map(Weight::packed));
     } else {
         let rows = GroupedRows { offsets: &[0, *num_rows], source_rows: None };
         grouped_swiglu(cpu, inner, normed, rows, &|_| mlp.gate_up.each_ref().map(Weight::matrix), *activation);

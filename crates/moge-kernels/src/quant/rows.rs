@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use crate::cpu::{Cpu, SharedMut};
 use crate::gemm::GroupedRows;
+use crate::norm::{RmsNormParams, rms_norm_row};
 use crate::simd::{BLOCK_LEN, Simd, SimdOp};
 
 /// Most rows of a tile: they share a block of weights while it is in registers, and their sums for one panel, 8 KiB, stay
@@ -75,11 +76,45 @@ impl QuantizedRows {
     /// If a length does not fit, if `offsets` falls, or if a source row is out of bounds.
     pub fn quantize(&mut self, cpu: &Cpu, x: &[f32], width: usize, rows: GroupedRows<'_>) {
         rows.check(x.len(), width);
-        let num_rows = rows.num_dispatched();
+        self.quantize_each(cpu, width, rows.offsets, |row| {
+            let source = rows.source_row(row);
+            &x[source * width..(source + 1) * width]
+        });
+    }
+
+    /// [`crate::rms_norm`] of rows of `x` into `out`, and their quantisation, while each row is in a cache.
+    ///
+    /// # Panics
+    /// If a length does not fit.
+    pub fn quantize_normed(&mut self, cpu: &Cpu, out: &mut [f32], x: &[f32], norm: RmsNormParams<'_>) {
+        assert_eq!(out.len(), x.len(), "out and x");
+        let width = norm.weight.len();
+        let num_rows = x.len() / width;
+        assert_eq!(x.len(), num_rows * width, "x in rows of {width}");
+        let out = SharedMut::new(out);
+        let isa = cpu.isa();
+        self.quantize_each(cpu, width, &[0, num_rows], |row| {
+            let numbers = row * width..(row + 1) * width;
+            // SAFETY: Each row is asked for once.
+            let out = unsafe { out.slice(numbers.clone()) };
+            rms_norm_row(isa, out, &x[numbers], norm);
+            out
+        });
+    }
+
+    /// Quantise `row_of(d)`, `[width]`, for every dispatched row `d`; each is asked for once, on any thread.
+    fn quantize_each<'x>(
+        &mut self,
+        cpu: &Cpu,
+        width: usize,
+        offsets: &[usize],
+        row_of: impl Fn(usize) -> &'x [f32] + Sync,
+    ) {
+        let num_rows = offsets.last().copied().unwrap_or(0);
         let num_blocks = width.div_ceil(BLOCK_LEN);
         self.width = width;
         self.offsets.clear();
-        self.offsets.extend_from_slice(rows.offsets);
+        self.offsets.extend_from_slice(offsets);
         self.levels.resize(num_rows * num_blocks * BLOCK_LEN, 0);
         self.corrections.resize(num_rows * num_blocks, 0);
         self.scales.resize(num_rows, 0.0);
@@ -89,30 +124,27 @@ impl QuantizedRows {
         let scales = SharedMut::new(&mut self.scales);
         let sums = SharedMut::new(&mut self.sums);
         let isa = cpu.isa();
-        let tiles = || rows.offsets.windows(2).flat_map(|pair| tiles(pair[0]..pair[1]));
+        let tiles = || offsets.windows(2).flat_map(|pair| tiles(pair[0]..pair[1]));
         let num_tiles = tiles().count();
         let runs_per_tile = num_rows.div_ceil(num_tiles.max(1)).div_ceil(CHUNK_ROWS);
         cpu.for_each(num_tiles * runs_per_tile, |chunk| {
             let Some(tile) = tiles().nth(chunk / runs_per_tile) else { return };
-            let run = split(tile.len(), runs_per_tile, chunk % runs_per_tile);
-            let base = tile.start * num_blocks;
-            for place in run {
+            for place in split(tile.len(), runs_per_tile, chunk % runs_per_tile) {
                 let row = tile.start + place;
-                let source = rows.source_row(row);
-                let x = &x[source * width..(source + 1) * width];
-                // SAFETY: Each row is in one chunk; its blocks are disjoint from those of other rows.
+                let mut sum = 0;
+                let put = |block: usize, block_levels: &[i8; BLOCK_LEN]| {
+                    let place = tile.start * num_blocks + block * tile.len() + place;
+                    let block_sum: i32 = block_levels.iter().map(|&level| i32::from(level)).sum();
+                    sum += block_sum;
+                    // SAFETY: Each row is in one chunk, and its blocks are disjoint from those of other rows.
+                    unsafe {
+                        levels.slice(place * BLOCK_LEN..(place + 1) * BLOCK_LEN).copy_from_slice(block_levels);
+                        corrections.slice(place..place + 1)[0] = -8 * block_sum;
+                    }
+                };
+                let scale = isa.run(QuantizeRow { x: row_of(row), put });
+                // SAFETY: Each row is in one chunk.
                 unsafe {
-                    let mut sum = 0;
-                    let scale = isa.run(QuantizeRow {
-                        x,
-                        put: |block: usize, block_levels: &[i8; BLOCK_LEN]| {
-                            let place = base + block * tile.len() + place;
-                            let block_sum: i32 = block_levels.iter().map(|&level| i32::from(level)).sum();
-                            sum += block_sum;
-                            levels.slice(place * BLOCK_LEN..(place + 1) * BLOCK_LEN).copy_from_slice(block_levels);
-                            corrections.slice(place..place + 1)[0] = -8 * block_sum;
-                        },
-                    });
                     scales.slice(row..row + 1)[0] = scale;
                     sums.slice(row..row + 1)[0] = sum;
                 }

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::simd::PANEL_ROWS;
 use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu};
-use crate::{Cpu, GroupedRows, Isa};
+use crate::{ActivationType, Cpu, GroupedRows, Isa, RmsNormParams, rms_norm};
 
 const FORMATS: [PackedFormat; 2] = [PackedFormat::W8A8, PackedFormat::W4A8];
 
@@ -218,6 +218,32 @@ fn rows_that_are_zero_tiny_or_not_finite_keep_to_themselves() {
         assert!(out[3..9].iter().all(|out| out.is_nan()));
         assert_eq!(out[9..12], [0.0; 3]);
         assert!(out[12..].iter().all(|out| (out - 32.0).abs() < 1e-4), "{out:?}");
+    }
+}
+
+#[test]
+fn rows_that_are_normed_and_quantised_in_one_go_are_those_of_two() {
+    let (num_rows, width) = (70, 160);
+    for cpu in every_cpu() {
+        let mut numbers = Numbers::new(13);
+        let (x, norm_weight) = (numbers.vec(num_rows * width), numbers.vec(width));
+        let weight = Weight::random(&mut numbers, PackedFormat::W4A8, 48, width);
+        let norm = RmsNormParams { weight: &norm_weight, eps: 1e-5, activation: ActivationType::Bf16 };
+        let (mut normed, mut expected) = (vec![0.0; x.len()], vec![0.0; x.len()]);
+        rms_norm(&cpu, &mut expected, &x, norm);
+        let mut rows = QuantizedRows::default();
+        rows.quantize_normed(&cpu, &mut normed, &x, norm);
+        assert_same_bits(&normed, &expected);
+        let [mut once, mut twice] = [0; 2].map(|_| vec![0.0; num_rows * 48]);
+        packed_gemm(&cpu, &mut once, &rows, weight.matrix(), None);
+        packed_gemm(
+            &cpu,
+            &mut twice,
+            &quantize(&cpu, &expected, width, one_expert(&[0, num_rows])),
+            weight.matrix(),
+            None,
+        );
+        assert_same_bits(&once, &twice);
     }
 }
 
