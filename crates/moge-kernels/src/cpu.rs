@@ -85,12 +85,7 @@ impl Cpu {
     ///
     /// # Panics
     /// As [`Cpu::for_each`], and if `chunk_len` is 0.
-    pub fn for_each_slice<T: Send>(
-        &self,
-        items: &mut [T],
-        chunk_len: usize,
-        body: impl Fn(usize, &mut [T]) + Sync,
-    ) {
+    pub fn for_each_slice<T: Send>(&self, items: &mut [T], chunk_len: usize, body: impl Fn(usize, &mut [T]) + Sync) {
         let len = items.len();
         let items = SharedMut::new(items);
         self.for_each(len.div_ceil(chunk_len), |chunk| {

@@ -117,7 +117,9 @@ pub enum TensorProblem {
         allowed: &'static str,
     },
     /// Its width is not one that its quantised format allows.
-    #[error("{name}: {width} columns cannot be {format}, which needs a multiple of {QUANT_BLOCK_LEN} (w4a8), or at most 65536 (w8a8)")]
+    #[error(
+        "{name}: {width} columns cannot be {format}, which needs a multiple of {QUANT_BLOCK_LEN} (w4a8), or at most 65536 (w8a8)"
+    )]
     Width {
         /// The tensor's name.
         name: String,

@@ -34,7 +34,7 @@ pub use non_finite::{NonFinite, count_non_finite};
 pub use quant_scheme::{QuantScheme, WeightRole, format_from_name, format_name};
 pub use router::{Route, route_token};
 pub use tokenizer::{Detokenizer, Prefix, SentencePieceError, StopStrings, Tokenizer, TokenizerError, eos_token_ids};
-pub use weights::{PackedSpec, TensorSpec, expected_tensors, tensor_problems};
+pub use weights::{PackedSpec, TensorSpec, expected_tensors, tensor_problems, weight_bytes};
 pub use workspace::{StepLimits, Trace, Workspace};
 
 /// Tokens that one block of the KV cache holds.

@@ -3,15 +3,17 @@
 use std::path::Path;
 
 use moge_kernels::{
-    ActivationType, Cpu, GroupedRows, PagedKv, RopeAngles, RopeHead, add, combine, embed, gemm, grouped_gemm,
-    grouped_swiglu, paged_attention, rms_norm, rms_norm_in_place, rope, rope_inverse_frequencies,
+    ActivationType, Cpu, ExpertsDown, GroupedRows, PagedKv, QuantizedRows, RopeAngles, RopeHead, add, combine, embed,
+    gemm, grouped_gemm, grouped_swiglu, packed_experts_down, packed_gemm, packed_swiglu, paged_attention, rms_norm,
+    rms_norm_in_place, rope, rope_inverse_frequencies,
 };
 use thiserror::Error;
 
 use crate::router::route_token;
-use crate::weights::{Experts, Layer, LayerMlp, Linear, Network, Swiglu};
+use crate::weights::{Experts, Layer, LayerMlp, Linear, Network, Swiglu, Weight, WeightView};
 use crate::{
-    Batch, Checkpoint, CheckpointError, ConfigError, KvCache, LoadMode, MlpConfig, ModelConfig, RopeConfig, Workspace,
+    Batch, Checkpoint, CheckpointError, ConfigError, KvCache, LoadMode, MlpConfig, ModelConfig, QuantScheme,
+    RopeConfig, Workspace,
 };
 
 /// Why a model cannot be loaded.
@@ -23,6 +25,12 @@ pub enum LoadError {
     /// Its weights are refused.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// A checkpoint is to be quantised that is so already.
+    #[error("{dir}: is quantised already; it can only run as it is")]
+    QuantizedAlready {
+        /// The checkpoint's directory.
+        dir: String,
+    },
 }
 
 /// A loaded network.
@@ -43,8 +51,33 @@ impl Model {
         let config = ModelConfig::load(dir)?;
         let checkpoint = Checkpoint::open(dir, mode, progress)?;
         let network = Network::load(&config, &checkpoint)?;
+        Ok(Model::new(config, network, checkpoint))
+    }
+
+    /// As [`Model::load`], mapped, quantising the weights in memory as `scheme` says.
+    ///
+    /// # Errors
+    /// As [`Model::load`], and if the checkpoint is quantised already or a weight has a width that its format does not
+    /// allow.
+    pub fn load_quantizing(
+        dir: &Path,
+        cpu: &Cpu,
+        scheme: QuantScheme,
+        progress: &dyn Fn(u64, u64),
+    ) -> Result<Model, LoadError> {
+        let config = ModelConfig::load(dir)?;
+        if !config.quant.is_none() {
+            return Err(LoadError::QuantizedAlready { dir: dir.display().to_string() });
+        }
+        let checkpoint = Checkpoint::open(dir, LoadMode::Mmap, &|_, _| {})?;
+        let total = checkpoint.total_bytes();
+        let network = Network::load_packing(&config, &checkpoint, cpu, scheme, &|read| progress(read, total))?;
+        Ok(Model::new(ModelConfig { quant: scheme, ..config }, network, checkpoint))
+    }
+
+    fn new(config: ModelConfig, network: Network, checkpoint: Checkpoint) -> Model {
         let inverse_frequencies = rope_inverse_frequencies(config.rope.theta, config.rope.rotary_dim);
-        Ok(Model { config, network, inverse_frequencies, checkpoint })
+        Model { config, network, inverse_frequencies, checkpoint }
     }
 
     /// The network's description.
@@ -69,23 +102,32 @@ impl Model {
         assert_eq!(kv_cache.layers.len(), self.network.layers.len(), "layers of the KV cache and of the network");
         work.begin(batch, &self.inverse_frequencies);
         embed(cpu, &mut work.hidden, self.network.embedding.matrix(), &work.tokens);
-        for (layer, kv) in self.network.layers.iter().zip(&mut kv_cache.layers) {
+        let last = self.network.layers.len() - 1;
+        for (index, (layer, kv)) in self.network.layers.iter().zip(&mut kv_cache.layers).enumerate() {
             work.trace_hidden();
             self.attention(cpu, layer, batch, kv, work);
+            if index == last && !work.is_traced() {
+                // After the last attention a row matters to nobody but its own logits.
+                work.keep_rows(&batch.logit_rows);
+            }
             self.mlp(cpu, layer, work);
         }
-        work.trace_hidden();
-        self.logits(cpu, batch, work);
+        if work.is_traced() {
+            work.trace_hidden();
+            work.keep_rows(&batch.logit_rows);
+        }
+        self.logits(cpu, work);
     }
 
     /// `hidden += [norm] o(attention(rope([norm] q), rope([norm] k), v))`, each of q, k, v from the normed `hidden`.
     fn attention(&self, cpu: &Cpu, layer: &Layer, batch: &Batch, kv: &mut PagedKv, work: &mut Workspace) {
-        let Workspace { hidden, normed, q, k, v, attention, projected, activation, .. } = work;
+        let Workspace { hidden, normed, q, k, v, attention, projected, quantized, activation, .. } = work;
         let eps = self.config.rms_norm_eps;
         rms_norm(cpu, normed, hidden, &layer.attention_norm, eps, *activation);
-        linear(cpu, q, normed, &layer.q);
-        linear(cpu, k, normed, &layer.k);
-        linear(cpu, v, normed, &layer.v);
+        let input = Input::new(cpu, normed, quantized, &layer.q.weight);
+        linear(cpu, q, input, &layer.q);
+        linear(cpu, k, input, &layer.k);
+        linear(cpu, v, input, &layer.v);
         if let Some([q_norm, k_norm]) = &layer.qk_norms {
             rms_norm_in_place(cpu, q, q_norm, eps, ActivationType::F32);
             rms_norm_in_place(cpu, k, k_norm, eps, ActivationType::F32);
@@ -95,7 +137,7 @@ impl Model {
         rope(cpu, k, angles, self.rope_head(), *activation);
         kv.write(cpu, k, v, &batch.sequences);
         paged_attention(cpu, attention, q, kv, &batch.sequences, &mut work.attention_scratch);
-        linear(cpu, projected, attention, &layer.o);
+        linear(cpu, projected, Input::new(cpu, attention, quantized, &layer.o.weight), &layer.o);
         if let Some(post_norms) = &layer.post_norms {
             rms_norm_in_place(cpu, projected, &post_norms.attention, eps, ActivationType::F32);
         }
@@ -130,14 +172,11 @@ impl Model {
         work.trace_routes();
         work.dispatch.sort(moe, &work.routes);
         dense_mlp(cpu, &experts.shared, work);
-        let Workspace { hidden, normed, inner, expert_out, projected, dispatch, activation, .. } = work;
-        let rows = GroupedRows { offsets: &dispatch.offsets, source_rows: Some(&dispatch.source_rows) };
-        let inner = &mut inner[..dispatch.source_rows.len() * moe.expert_intermediate_size];
-        let gate_up = |e: usize| experts.routed[e].gate_up.each_ref().map(|weight| weight.matrix());
-        grouped_swiglu(cpu, inner, normed, rows, &gate_up, *activation);
-        let rows = GroupedRows { source_rows: None, ..rows };
-        grouped_gemm(cpu, expert_out, inner, rows, &|e| experts.routed[e].down.matrix());
-        combine(cpu, hidden, expert_out, &dispatch.slots, &dispatch.weights, projected);
+        if experts.routed[0].down.is_packed() {
+            packed_experts(cpu, experts, work);
+        } else {
+            plain_experts(cpu, experts, work);
+        }
     }
 
     fn rope_head(&self) -> RopeHead {
@@ -145,31 +184,85 @@ impl Model {
         RopeHead { head_dim: self.config.head_dim, rotary_dim, layout }
     }
 
-    /// Logits of the rows that want them.
-    fn logits(&self, cpu: &Cpu, batch: &Batch, work: &mut Workspace) {
-        let hidden_size = self.config.hidden_size;
-        let eps = self.config.rms_norm_eps;
-        // The wanted rows move to the front of `projected`; all later work is on those alone.
-        work.projected.truncate(batch.logit_rows.len() * hidden_size);
-        for (place, &row) in work.projected.chunks_exact_mut(hidden_size).zip(&batch.logit_rows) {
-            place.copy_from_slice(&work.hidden[row as usize * hidden_size..][..hidden_size]);
-        }
-        work.normed.truncate(work.projected.len());
-        rms_norm(cpu, &mut work.normed, &work.projected, &self.network.final_norm, eps, work.activation);
-        gemm(cpu, &mut work.logits, &work.normed, self.network.head.matrix(), None);
+    /// Logits of the rows that were kept.
+    fn logits(&self, cpu: &Cpu, work: &mut Workspace) {
+        let Workspace { hidden, normed, quantized, logits, activation, .. } = work;
+        rms_norm(cpu, normed, hidden, &self.network.final_norm, self.config.rms_norm_eps, *activation);
+        product(cpu, logits, Input::new(cpu, normed, quantized, &self.network.head), &self.network.head, None);
     }
 }
 
-fn linear(cpu: &Cpu, out: &mut [f32], x: &[f32], linear: &Linear) {
-    gemm(cpu, out, x, linear.weight.matrix(), linear.bias.as_deref());
+/// What a product reads, in the form that its weight wants.
+#[derive(Clone, Copy)]
+struct Input<'a> {
+    values: &'a [f32],
+    /// Of the same rows, if the weight is packed.
+    quantized: &'a QuantizedRows,
+}
+
+impl<'a> Input<'a> {
+    /// Rows for products with `weight` and others of its format; `quantized` is the place for quantised rows.
+    fn new(cpu: &Cpu, values: &'a [f32], quantized: &'a mut QuantizedRows, weight: &Weight) -> Input<'a> {
+        if weight.is_packed() {
+            let rows = GroupedRows { offsets: &[0, values.len() / weight.cols()], source_rows: None };
+            quantized.quantize(cpu, values, weight.cols(), rows);
+        }
+        Input { values, quantized }
+    }
+}
+
+fn linear(cpu: &Cpu, out: &mut [f32], x: Input<'_>, linear: &Linear) {
+    product(cpu, out, x, &linear.weight, linear.bias.as_deref());
+}
+
+fn product(cpu: &Cpu, out: &mut [f32], x: Input<'_>, weight: &Weight, bias: Option<&[f32]>) {
+    match weight.view() {
+        WeightView::Plain(weight) => gemm(cpu, out, x.values, weight, bias),
+        WeightView::Packed(weight) => packed_gemm(cpu, out, x.quantized, weight, bias),
+    }
 }
 
 /// `projected = down(silu(gate(normed)) * up(normed))`: one expert that every row goes to.
 fn dense_mlp(cpu: &Cpu, mlp: &Swiglu, work: &mut Workspace) {
-    let Workspace { normed, inner, projected, activation, num_rows, .. } = work;
-    let rows = GroupedRows { offsets: &[0, *num_rows], source_rows: None };
-    let inner = &mut inner[..*num_rows * mlp.down.matrix().cols()];
-    let gate_up = |_| mlp.gate_up.each_ref().map(|weight| weight.matrix());
+    let Workspace { normed, inner, projected, quantized, activation, num_rows, .. } = work;
+    let inner = &mut inner[..*num_rows * mlp.down.cols()];
+    let input = Input::new(cpu, normed, quantized, &mlp.gate_up[0]);
+    if mlp.gate_up[0].is_packed() {
+        packed_swiglu(cpu, inner, input.quantized, &|_| mlp.gate_up.each_ref().map(Weight::packed));
+    } else {
+        let rows = GroupedRows { offsets: &[0, *num_rows], source_rows: None };
+        grouped_swiglu(cpu, inner, normed, rows, &|_| mlp.gate_up.each_ref().map(Weight::matrix), *activation);
+    }
+    product(cpu, projected, Input::new(cpu, inner, quantized, &mlp.down), &mlp.down, None);
+}
+
+/// The routed experts of weights that are not packed, and the shared one, whose output is in `projected`.
+fn plain_experts(cpu: &Cpu, experts: &Experts, work: &mut Workspace) {
+    let Workspace { hidden, normed, inner, expert_out, projected, dispatch, activation, .. } = work;
+    let rows = GroupedRows { offsets: &dispatch.offsets, source_rows: Some(&dispatch.source_rows) };
+    let inner = &mut inner[..dispatch.source_rows.len() * experts.routed[0].down.cols()];
+    let gate_up = |e: usize| experts.routed[e].gate_up.each_ref().map(Weight::matrix);
     grouped_swiglu(cpu, inner, normed, rows, &gate_up, *activation);
-    gemm(cpu, projected, inner, mlp.down.matrix(), None);
+    let rows = GroupedRows { source_rows: None, ..rows };
+    grouped_gemm(cpu, expert_out, inner, rows, &|e| experts.routed[e].down.matrix());
+    combine(cpu, hidden, expert_out, &dispatch.slots, &dispatch.weights, projected);
+}
+
+/// As [`plain_experts`], of packed weights.
+fn packed_experts(cpu: &Cpu, experts: &Experts, work: &mut Workspace) {
+    let Workspace { hidden, normed, inner, dispatched, projected, dispatch, widths, .. } = work;
+    let rows = GroupedRows { offsets: &dispatch.offsets, source_rows: Some(&dispatch.source_rows) };
+    let inter = experts.routed[0].down.cols();
+    let inner = &mut inner[..dispatch.source_rows.len() * inter];
+    dispatched.quantize(cpu, normed, widths.hidden, rows);
+    packed_swiglu(cpu, inner, dispatched, &|e| experts.routed[e].gate_up.each_ref().map(Weight::packed));
+    dispatched.quantize(cpu, inner, inter, GroupedRows { source_rows: None, ..rows });
+    let down = ExpertsDown {
+        inner: dispatched,
+        down: &|e| experts.routed[e].down.packed(),
+        source_rows: &dispatch.source_rows,
+        weights: &dispatch.row_weights,
+    };
+    packed_experts_down(cpu, hidden, widths.hidden, down);
+    add(cpu, hidden, projected);
 }

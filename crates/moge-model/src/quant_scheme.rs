@@ -51,6 +51,12 @@ pub fn format_from_name(name: &str) -> Option<Option<PackedFormat>> {
 }
 
 impl QuantScheme {
+    /// Everything in `format`, but the head in W8A8.
+    pub fn uniform(format: PackedFormat) -> QuantScheme {
+        let format = Some(format);
+        QuantScheme { mlp: format, shared_expert: format, attention: format, lm_head: Some(PackedFormat::W8A8) }
+    }
+
     /// True if nothing is quantised.
     pub fn is_none(&self) -> bool {
         *self == QuantScheme::default()

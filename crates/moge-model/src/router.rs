@@ -54,6 +54,8 @@ pub(crate) struct Dispatch {
     pub(crate) slots: Vec<u32>,
     /// Weight of each choice, `[num_rows, experts_per_token]`.
     pub(crate) weights: Vec<f32>,
+    /// Weight of each dispatched row, `[num_rows * experts_per_token]`.
+    pub(crate) row_weights: Vec<f32>,
 }
 
 impl Dispatch {
@@ -64,6 +66,7 @@ impl Dispatch {
             source_rows: Vec::with_capacity(num_choices),
             slots: Vec::with_capacity(num_choices),
             weights: Vec::with_capacity(num_choices),
+            row_weights: Vec::with_capacity(num_choices),
         }
     }
 
@@ -78,12 +81,14 @@ impl Dispatch {
             self.offsets[expert + 1] += self.offsets[expert];
         }
         self.source_rows.resize(routes.len(), 0);
+        self.row_weights.resize(routes.len(), 0.0);
         self.slots.clear();
         self.weights.clear();
         // `offsets[e]` counts up while expert e is filled; afterwards each holds the start of the next: shift back.
         for (choice, route) in routes.iter().enumerate() {
             let next = &mut self.offsets[route.expert.0 as usize];
             self.source_rows[*next] = (choice / config.experts_per_token()) as u32;
+            self.row_weights[*next] = route.weight;
             self.slots.push(*next as u32);
             self.weights.push(route.weight);
             *next += 1;
@@ -152,6 +157,7 @@ mod tests {
             assert_eq!(dispatch.source_rows, [1, 0, 1, 2, 0, 2]);
             assert_eq!(dispatch.slots, [4, 1, 2, 0, 5, 3]);
             assert_eq!(dispatch.weights, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]);
+            assert_eq!(dispatch.row_weights, [0.4, 0.2, 0.3, 0.6, 0.1, 0.5]);
             assert_eq!(capacities(&dispatch), reserved, "a step allocates nothing");
         }
     }

@@ -97,7 +97,13 @@ impl Weight {
     }
 
     /// Panels as they lie in `bytes` of `tensor`.
-    fn from_panels(tensor: &StoredTensor, format: PackedFormat, bytes: Range<usize>, rows: usize, cols: usize) -> Weight {
+    fn from_panels(
+        tensor: &StoredTensor,
+        format: PackedFormat,
+        bytes: Range<usize>,
+        rows: usize,
+        cols: usize,
+    ) -> Weight {
         let range = tensor.range.start + bytes.start..tensor.range.start + bytes.end;
         Weight { storage: tensor.storage.clone(), range, format: Format::Packed(format), rows, cols }
     }
@@ -297,7 +303,13 @@ impl<M: Clone, V> Layer<M, V> {
                 MlpConfig::Dense { intermediate_size } => {
                     let fused = config.norms == NormPlacement::Sandwich;
                     let role = WeightRole::Mlp;
-                    LayerMlp::Dense(Swiglu::build(&format!("{prefix}.mlp"), role, [intermediate_size, hidden], fused, source))
+                    LayerMlp::Dense(Swiglu::build(
+                        &format!("{prefix}.mlp"),
+                        role,
+                        [intermediate_size, hidden],
+                        fused,
+                        source,
+                    ))
                 }
             },
         }
@@ -316,8 +328,7 @@ impl<M: Clone, V> Experts<M, V> {
         let routed = (0..moe.num_experts)
             .map(|e| swiglu(format!("{prefix}.experts.{e}"), WeightRole::Mlp, moe.expert_intermediate_size))
             .collect();
-        let shared =
-            swiglu(format!("{prefix}.shared_expert"), WeightRole::SharedExpert, moe.shared_intermediate_size);
+        let shared = swiglu(format!("{prefix}.shared_expert"), WeightRole::SharedExpert, moe.shared_intermediate_size);
         Experts {
             router: source.matrix(format!("{prefix}.gate.weight"), WeightRole::Router, moe.num_experts, hidden),
             router_scale: source.vector(format!("{prefix}.router_scale"), &[1, moe.num_experts]),
@@ -360,6 +371,8 @@ pub struct TensorSpec {
 /// How a tensor is packed: one weight, or several of the same shape one after another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PackedSpec {
+    /// What the weight is for.
+    pub role: WeightRole,
     /// The format.
     pub format: PackedFormat,
     /// Weights in the tensor: 2 where gate and up are one tensor, else 1.
@@ -396,6 +409,15 @@ impl TensorSpec {
     }
 }
 
+/// Bytes that the tensors of a network take in a file, those that are not packed in the type that `config` states.
+pub fn weight_bytes(config: &ModelConfig) -> u64 {
+    let bytes = |spec: &TensorSpec| match &spec.packed {
+        Some(packed) => packed.stored_shape().iter().map(|&size| size as u64).product(),
+        None => spec.num_elements().saturating_mul(config.dtype.size_bytes() as u64),
+    };
+    expected_tensors(config).iter().map(bytes).fold(0, u64::saturating_add)
+}
+
 /// Every tensor of the network that `config` describes.
 pub fn expected_tensors(config: &ModelConfig) -> Vec<TensorSpec> {
     let mut list = SpecList { quant: config.quant, specs: Vec::new() };
@@ -410,7 +432,7 @@ struct SpecList {
 
 impl SpecList {
     fn add(&mut self, name: String, role: WeightRole, num_parts: usize, [rows, cols]: [usize; 2]) {
-        let packed = self.quant.format(role).map(|format| PackedSpec { format, num_parts, rows, cols });
+        let packed = self.quant.format(role).map(|format| PackedSpec { role, format, num_parts, rows, cols });
         self.specs.push(TensorSpec { name, shape: vec![num_parts * rows, cols], packed });
     }
 }

@@ -1,6 +1,6 @@
 //! Scratch memory of a step, and what a step leaves for its caller.
 
-use moge_kernels::{ActivationType, AttentionLimits, AttentionScratch, rope_angles};
+use moge_kernels::{ActivationType, AttentionLimits, AttentionScratch, QuantizedRows, rope_angles};
 
 use crate::router::{Dispatch, Route};
 use crate::{BLOCK_SIZE, Batch, ExpertId, MlpConfig, ModelConfig};
@@ -11,7 +11,7 @@ pub struct Workspace {
     pub(crate) activation: ActivationType,
     pub(crate) num_rows: usize,
     limits: StepLimits,
-    widths: Widths,
+    pub(crate) widths: Widths,
     pub(crate) tokens: Vec<u32>,
     positions: Vec<u32>,
     /// Cosines and sines of the rows' RoPE angles, `[num_rows, rotary_dim / 2]`.
@@ -34,7 +34,11 @@ pub struct Workspace {
     pub(crate) dispatch: Dispatch,
     /// Inner activations of an MLP: of the shared expert, then of the routed ones; the front part that each needs.
     pub(crate) inner: Vec<f32>,
-    /// Output of the routed experts, `[num_rows * experts_per_token, hidden_size]`.
+    /// What packed weights other than routed experts read: one input after another.
+    pub(crate) quantized: QuantizedRows,
+    /// What packed routed experts read: their rows of `normed`, then of `inner`.
+    pub(crate) dispatched: QuantizedRows,
+    /// Output of routed experts that are not packed, `[num_rows * experts_per_token, hidden_size]`.
     pub(crate) expert_out: Vec<f32>,
     pub(crate) logits: Vec<f32>,
     trace: Option<Trace>,
@@ -50,14 +54,18 @@ pub struct Trace {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Widths {
-    hidden: usize,
+pub(crate) struct Widths {
+    pub(crate) hidden: usize,
     q: usize,
     kv: usize,
     experts: usize,
     experts_per_token: usize,
     /// Inner activations of the widest MLP.
     inner: usize,
+    /// Inputs of the widest packed weight other than routed experts; 0 if none is packed.
+    quantized: usize,
+    /// Inputs of the widest product of packed routed experts; 0 if they are not packed.
+    dispatched: usize,
     vocab: usize,
 }
 
@@ -96,7 +104,17 @@ impl Widths {
                 (moe.num_experts, moe.experts_per_token(), routed.max(moe.shared_intermediate_size))
             }
         };
+        let quant = &config.quant;
+        let quantized = if quant.is_none() { 0 } else { config.hidden_size.max(config.q_size()).max(inner) };
+        let dispatched = match &config.mlp {
+            MlpConfig::GroupedExperts(moe) if quant.mlp.is_some() => {
+                config.hidden_size.max(moe.expert_intermediate_size)
+            }
+            _ => 0,
+        };
         Widths {
+            quantized,
+            dispatched,
             hidden: config.hidden_size,
             q: config.q_size(),
             kv: config.kv_size(),
@@ -107,9 +125,14 @@ impl Widths {
         }
     }
 
+    /// Numbers of a row's output of routed experts before they are combined; packed ones are combined at once.
+    fn expert_out(self) -> usize {
+        if self.dispatched > 0 { 0 } else { self.experts_per_token * self.hidden }
+    }
+
     /// Numbers of a row in all buffers together.
     fn row(self) -> usize {
-        3 * self.hidden + 2 * (self.q + self.kv) + self.experts + self.inner + self.experts_per_token * self.hidden
+        3 * self.hidden + 2 * (self.q + self.kv) + self.experts + self.inner + self.expert_out()
     }
 }
 
@@ -139,7 +162,13 @@ impl Workspace {
             routes: Vec::with_capacity(limits.max_rows * widths.experts_per_token),
             dispatch: Dispatch::with_capacity(limits.max_rows * widths.experts_per_token, widths.experts),
             inner: rows(widths.inner),
-            expert_out: rows(widths.experts_per_token * widths.hidden),
+            quantized: QuantizedRows::with_capacity(limits.max_rows, widths.quantized, 1),
+            dispatched: QuantizedRows::with_capacity(
+                limits.max_rows * widths.experts_per_token,
+                widths.dispatched,
+                widths.experts,
+            ),
+            expert_out: rows(widths.expert_out()),
             logits: Vec::with_capacity(limits.max_logit_rows * widths.vocab),
             trace: None,
         }
@@ -147,8 +176,11 @@ impl Workspace {
 
     /// Bytes that [`Workspace::new`] would reserve, small lists left out.
     pub fn bytes(config: &ModelConfig, limits: StepLimits) -> u64 {
-        let numbers = limits.max_rows * Widths::new(config).row() + limits.max_logit_rows * config.vocab_size;
-        4 * numbers as u64 + limits.attention(config).scratch_bytes() as u64
+        let widths = Widths::new(config);
+        let numbers = limits.max_rows * widths.row() + limits.max_logit_rows * config.vocab_size;
+        let quantized = QuantizedRows::capacity_bytes(limits.max_rows, widths.quantized)
+            + QuantizedRows::capacity_bytes(limits.max_rows * widths.experts_per_token, widths.dispatched);
+        4 * numbers as u64 + (quantized + limits.attention(config).scratch_bytes()) as u64
     }
 
     /// Logits of the last step, `[num_logit_rows, vocab_size]`, in the order of [`Batch::logit_rows`].
@@ -167,8 +199,7 @@ impl Workspace {
     }
 
     pub(crate) fn begin(&mut self, batch: &Batch, inverse_frequencies: &[f32]) {
-        self.num_rows = batch.num_rows();
-        let (num_rows, widths) = (self.num_rows, self.widths);
+        let (num_rows, widths) = (batch.num_rows(), self.widths);
         let limits = self.limits;
         assert!(num_rows <= limits.max_rows, "{num_rows} rows in a workspace of {}", limits.max_rows);
         assert!(batch.logit_rows.len() <= limits.max_logit_rows, "more logits wanted than the workspace holds");
@@ -185,23 +216,45 @@ impl Workspace {
             buffer.resize(num_rows * inverse_frequencies.len(), 0.0);
         }
         rope_angles(&mut self.cos, &mut self.sin, &self.positions, inverse_frequencies);
-        for buffer in [&mut self.hidden, &mut self.normed, &mut self.projected] {
-            buffer.resize(num_rows * widths.hidden, 0.0);
-        }
         for buffer in [&mut self.q, &mut self.attention] {
             buffer.resize(num_rows * widths.q, 0.0);
         }
         for buffer in [&mut self.k, &mut self.v] {
             buffer.resize(num_rows * widths.kv, 0.0);
         }
-        self.inner.resize(num_rows * widths.inner, 0.0);
-        self.router_logits.resize(num_rows * widths.experts, 0.0);
-        self.routes.resize(num_rows * widths.experts_per_token, Route { expert: ExpertId(0), weight: 0.0 });
-        self.expert_out.resize(num_rows * widths.experts_per_token * widths.hidden, 0.0);
+        self.set_rows(num_rows);
         self.logits.resize(batch.logit_rows.len() * widths.vocab, 0.0);
         if let Some(trace) = &mut self.trace {
             *trace = Trace::default();
         }
+    }
+
+    /// Give every buffer but those of attention the length of `num_rows` rows.
+    fn set_rows(&mut self, num_rows: usize) {
+        let widths = self.widths;
+        self.num_rows = num_rows;
+        for buffer in [&mut self.hidden, &mut self.normed, &mut self.projected] {
+            buffer.resize(num_rows * widths.hidden, 0.0);
+        }
+        self.inner.resize(num_rows * widths.inner, 0.0);
+        self.router_logits.resize(num_rows * widths.experts, 0.0);
+        self.routes.resize(num_rows * widths.experts_per_token, Route { expert: ExpertId(0), weight: 0.0 });
+        self.expert_out.resize(num_rows * widths.expert_out(), 0.0);
+    }
+
+    /// Go on with some rows only, `rows`, strictly ascending: they move to the front.
+    pub(crate) fn keep_rows(&mut self, rows: &[u32]) {
+        let width = self.widths.hidden;
+        for (place, &row) in rows.iter().enumerate() {
+            let start = row as usize * width;
+            self.hidden.copy_within(start..start + width, place * width);
+        }
+        self.set_rows(rows.len());
+    }
+
+    /// True if [`Workspace::record_trace`] was called.
+    pub(crate) fn is_traced(&self) -> bool {
+        self.trace.is_some()
     }
 
     pub(crate) fn trace_hidden(&mut self) {

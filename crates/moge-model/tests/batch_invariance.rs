@@ -4,8 +4,10 @@
 mod common;
 
 use common::Golden;
+use moge_model::synth::{SynthConfig, SynthMlp, write_checkpoint};
 use moge_model::{
-    ActivationType, BLOCK_SIZE, Batch, BlockId, Cpu, Isa, KvCache, Model, SequenceRows, StepLimits, TokenId, Workspace,
+    ActivationType, Architecture, BLOCK_SIZE, Batch, BlockId, Cpu, Dtype, Isa, KvCache, Model, PackedFormat,
+    QuantScheme, SequenceRows, StepLimits, TokenId, Workspace,
 };
 
 /// A sequence that a test feeds in chunks.
@@ -103,6 +105,52 @@ fn logits_do_not_depend_on_batch_chunks_or_threads() {
                     let together = run(model, activation, num_threads, feeds, chunk);
                     let what = format!("{case} {activation:?}, {name}, {num_threads} threads, {num_others} others");
                     assert!(bits(&together) == bits(&alone), "{what}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn quantised_weights_keep_to_the_same_rule_in_every_format() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = SynthConfig {
+        architecture: Architecture::PanguProMoe,
+        num_layers: 2,
+        hidden_size: 96,
+        num_q_heads: 4,
+        num_kv_heads: 2,
+        head_dim: 16,
+        mlp: SynthMlp::GroupedExperts {
+            num_experts: 6,
+            num_expert_groups: 3,
+            experts_per_token: 3,
+            expert_intermediate_size: 32,
+            shared_intermediate_size: 160,
+        },
+        vocab_size: 500,
+        max_position_embeddings: 256,
+        tie_word_embeddings: false,
+        attention_bias: false,
+        dtype: Dtype::Bf16,
+        seed: 5,
+    };
+    let path = dir.path().join("model");
+    write_checkpoint(&path, &config, &mut |_, _| {}).unwrap();
+    let tokens: Vec<TokenId> = (0..83).map(|t| TokenId(t * 7 % 500)).collect();
+    let [w8a8, w4a8] = [PackedFormat::W8A8, PackedFormat::W4A8].map(QuantScheme::uniform);
+    let mixed = QuantScheme { attention: w8a8.attention, shared_expert: None, lm_head: None, ..w4a8 };
+    for scheme in [w8a8, w4a8, mixed] {
+        let cpu = Cpu::new(Isa::select().unwrap(), 2);
+        let model = Model::load_quantizing(&path, &cpu, scheme, &|_, _| {}).unwrap();
+        for activation in [ActivationType::F32, ActivationType::Bf16] {
+            let alone = run(&model, activation, 1, feeds(&tokens, 0, 500), |_| usize::MAX);
+            assert!(alone.iter().all(|x| x.is_finite()));
+            let chunkings: [Chunking; 3] = [|_| 1, |_| 7, |step| [1, 13, 2, 33, 5][step % 5]];
+            for chunk in chunkings {
+                for (num_threads, num_others) in [(1, 0), (3, 0), (2, 16)] {
+                    let together = run(&model, activation, num_threads, feeds(&tokens, num_others, 500), chunk);
+                    assert!(bits(&together) == bits(&alone), "{scheme:?} {num_threads} threads, {num_others} others");
                 }
             }
         }

@@ -12,8 +12,8 @@ use moge_engine::{Engine, EngineConfig, SamplingParams};
 use moge_model::synth::write_checkpoint;
 use moge_model::{
     ActivationType, Architecture, BLOCK_SIZE, ChatTemplate, Checkpoint, Cpu, Dtype, GenerationDefaults, Isa, KvCache,
-    LoadMode, MAX_THREADS, Model, ModelConfig, TokenId, Tokenizer, TokenizerError, Workspace, available_threads,
-    eos_token_ids,
+    LoadMode, MAX_THREADS, Model, ModelConfig, PackedFormat, QuantScheme, TokenId, Tokenizer, TokenizerError,
+    Workspace, available_threads, eos_token_ids, weight_bytes,
 };
 use tempfile::TempDir;
 
@@ -40,6 +40,9 @@ pub(crate) struct ModelArgs {
     /// Precision of activations and KV cache; auto takes bf16 for bf16 checkpoints, f32 for others
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) dtype: DtypeArg,
+    /// Quantise the weights in memory; `moge quantize` does it once and for all
+    #[arg(long, value_enum, value_name = "SCHEME", conflicts_with_all = ["load", "allow_paging"])]
+    pub(crate) quantize: Option<FormatArg>,
     /// Map the weights, or read them whole (faster on network disks)
     #[arg(long, value_enum, default_value = "mmap")]
     pub(crate) load: LoadArg,
@@ -70,6 +73,24 @@ pub(crate) enum DtypeArg {
     F32,
     /// Activations rounded to bf16, KV cache in bf16, sums in f32.
     Bf16,
+}
+
+/// How weights are quantised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FormatArg {
+    /// Eight bits, a scale for each output.
+    W8a8,
+    /// Four bits, a scale for each output and 32 inputs; the output head in eight.
+    W4a8,
+}
+
+impl FormatArg {
+    fn format(self) -> PackedFormat {
+        match self {
+            FormatArg::W8a8 => PackedFormat::W8A8,
+            FormatArg::W4a8 => PackedFormat::W4A8,
+        }
+    }
 }
 
 /// How the weights come into memory.
@@ -259,18 +280,26 @@ impl Frontend {
             eos_token_ids: eos_token_ids(&self.config.eos_token_ids, &self.defaults, tokenizer.as_deref()),
         };
         let longest = sequence_tokens.iter().max().map_or(1, |tokens| tokens.div_ceil(BLOCK_SIZE).max(1));
-        self.fit_memory(args, &mut config, longest, num_threads)?;
-        let mode = match args.load {
-            LoadArg::Mmap => LoadMode::Mmap,
-            LoadArg::Read => LoadMode::Read,
+        let quantize = args.quantize.map(|scheme| QuantScheme::uniform(scheme.format()));
+        let model_config = ModelConfig { quant: quantize.unwrap_or(self.config.quant), ..self.config.clone() };
+        let weight_bytes = match quantize {
+            // The mapped originals may leave memory when others need it.
+            Some(_) => weight_bytes(&model_config),
+            None => Checkpoint::file_bytes(&self.dir)?,
         };
-        let bar = progress::bytes("loading");
-        let model = Model::load(&self.dir, mode, &|done, total| progress::set(&bar, done, total))?;
-        if mode == LoadMode::Mmap && !args.allow_paging {
-            model.checkpoint().prefault(num_threads, &|done, total| progress::set(&bar, done, total));
+        self.fit_memory(args, &model_config, weight_bytes, &mut config, longest, num_threads)?;
+        let cpu = Cpu::new(isa, num_threads);
+        let bar = progress::bytes(if quantize.is_some() { "quantising" } else { "loading" });
+        let report = |done, total| progress::set(&bar, done, total);
+        let model = match (quantize, args.load) {
+            (Some(scheme), _) => Model::load_quantizing(&self.dir, &cpu, scheme, &report)?,
+            (None, LoadArg::Mmap) => Model::load(&self.dir, LoadMode::Mmap, &report)?,
+            (None, LoadArg::Read) => Model::load(&self.dir, LoadMode::Read, &report)?,
+        };
+        if quantize.is_none() && args.load == LoadArg::Mmap && !args.allow_paging {
+            model.checkpoint().prefault(num_threads, &report);
         }
         bar.finish_and_clear();
-        let cpu = Cpu::new(isa, num_threads);
         if cpu.num_threads() < num_threads {
             tracing::warn!("the system allows {} of {num_threads} threads", cpu.num_threads());
         }
@@ -282,14 +311,15 @@ impl Frontend {
     fn fit_memory(
         &self,
         args: &ModelArgs,
+        model: &ModelConfig,
+        weight_bytes: u64,
         config: &mut EngineConfig,
         least_blocks: usize,
         num_threads: usize,
     ) -> Result<()> {
         let Some(available) = available_bytes() else { return Ok(()) };
-        let block_bytes = KvCache::block_bytes(&self.config, config.activation);
-        let workspace_bytes = Workspace::bytes(&self.config, config.step_limits(&self.config, num_threads));
-        let weight_bytes = Checkpoint::file_bytes(&self.dir)?;
+        let block_bytes = KvCache::block_bytes(model, config.activation);
+        let workspace_bytes = Workspace::bytes(model, config.step_limits(model, num_threads));
         let plan = |blocks: usize| MemoryPlan {
             weight_bytes,
             kv_bytes: block_bytes.saturating_mul(blocks as u64),

@@ -96,7 +96,7 @@ pub fn packed_swiglu<'w>(
 
 /// Experts' last products and where they go: see [`packed_experts_down`].
 #[derive(Clone, Copy)]
-pub struct Experts<'a, 'w> {
+pub struct ExpertsDown<'a, 'w> {
     /// Inner activations of the dispatched rows, `[num_dispatched, inter]`.
     pub inner: &'a QuantizedRows,
     /// The down projection of an expert, `[hidden, inter]`.
@@ -115,8 +115,8 @@ pub struct Experts<'a, 'w> {
 ///
 /// # Panics
 /// If a length does not fit or a source row is out of bounds.
-pub fn packed_experts_down(cpu: &Cpu, residual: &mut [f32], hidden: usize, experts: Experts<'_, '_>) {
-    let Experts { inner, down, source_rows, weights } = experts;
+pub fn packed_experts_down(cpu: &Cpu, residual: &mut [f32], hidden: usize, experts: ExpertsDown<'_, '_>) {
+    let ExpertsDown { inner, down, source_rows, weights } = experts;
     let num_rows = residual.len() / hidden;
     assert_eq!(residual.len(), num_rows * hidden, "residual in rows of {hidden}");
     assert!(source_rows.len() == inner.num_rows() && weights.len() == inner.num_rows(), "rows of the experts");

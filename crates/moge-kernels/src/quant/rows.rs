@@ -103,13 +103,16 @@ impl QuantizedRows {
                 // SAFETY: Each row is in one chunk; its blocks are disjoint from those of other rows.
                 unsafe {
                     let mut sum = 0;
-                    let scale = isa.run(QuantizeRow { x, put: |block: usize, block_levels: &[i8; BLOCK_LEN]| {
-                        let place = base + block * tile.len() + place;
-                        let block_sum: i32 = block_levels.iter().map(|&level| i32::from(level)).sum();
-                        sum += block_sum;
-                        levels.slice(place * BLOCK_LEN..(place + 1) * BLOCK_LEN).copy_from_slice(block_levels);
-                        corrections.slice(place..place + 1)[0] = -8 * block_sum;
-                    }});
+                    let scale = isa.run(QuantizeRow {
+                        x,
+                        put: |block: usize, block_levels: &[i8; BLOCK_LEN]| {
+                            let place = base + block * tile.len() + place;
+                            let block_sum: i32 = block_levels.iter().map(|&level| i32::from(level)).sum();
+                            sum += block_sum;
+                            levels.slice(place * BLOCK_LEN..(place + 1) * BLOCK_LEN).copy_from_slice(block_levels);
+                            corrections.slice(place..place + 1)[0] = -8 * block_sum;
+                        },
+                    });
                     scales.slice(row..row + 1)[0] = scale;
                     sums.slice(row..row + 1)[0] = sum;
                 }

@@ -16,9 +16,11 @@ mod scalar;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
+pub(crate) use dot::{
+    Aligned, BLOCK_LEN, BYTE_BYTES, BlockInputs, Dot, DotOp, HALF_ROWS, NIBBLE_BYTES, PANEL_ROWS, RUN_STRIDE,
+};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use dot::{Avx512Vnni, AvxVnni};
-pub(crate) use dot::{Aligned, BLOCK_LEN, BYTE_BYTES, BlockInputs, Dot, DotOp, HALF_ROWS, NIBBLE_BYTES, PANEL_ROWS, RUN_STRIDE};
 pub(crate) use scalar::Scalar;
 
 use half::{bf16, f16};

@@ -156,13 +156,7 @@ impl Avx2 {
     /// # Safety
     /// As for [`Dot::add_bytes`].
     #[inline(always)]
-    unsafe fn add_byte_tile<const M: usize>(
-        self,
-        w: *const u8,
-        factor: i16,
-        x: BlockInputs,
-        sums: *mut i32,
-    ) -> usize {
+    unsafe fn add_byte_tile<const M: usize>(self, w: *const u8, factor: i16, x: BlockInputs, sums: *mut i32) -> usize {
         avx2!({
             let dots = self.dots::<M>(w, x.levels, factor);
             for m in 0..M {

@@ -3,9 +3,9 @@
 //! All sums are exact in i32, so every ISA gives the same ones. A block is [`BLOCK_LEN`] inputs of [`PANEL_ROWS`] weight
 //! rows, its bytes in an order in which one load gives every lane four inputs of its own weight row (see [`crate::quant`]).
 
-mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 
