@@ -5,7 +5,7 @@ fn planned(name: &str, dtype: Dtype, shape: &[usize]) -> PlannedTensor {
     PlannedTensor { name: name.to_string(), dtype, shape: shape.to_vec() }
 }
 
-/// Seven tensors of all the types in use; one is empty, and the names are not in order.
+/// Eight tensors of all the types in use; one is empty, one is three cache lines, and the names are not in order.
 fn plan() -> Vec<PlannedTensor> {
     vec![
         planned("layers.1.w", Dtype::BF16, &[3, 5]),
@@ -15,6 +15,7 @@ fn plan() -> Vec<PlannedTensor> {
         planned("layers.0.bias", Dtype::I32, &[4]),
         planned("empty", Dtype::F16, &[0, 6]),
         planned("norm", Dtype::F16, &[11]),
+        planned("lines", Dtype::U8, &[2, 96]),
     ]
 }
 
@@ -54,15 +55,17 @@ fn one_shard_reads_back_with_every_type_aligned() {
         assert_eq!(view.data(), data_of(&tensor), "{}", tensor.name);
         let offset = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
         assert!(offset.is_multiple_of(tensor.dtype.bitsize() / 8), "{} at {offset}", tensor.name);
+        let is_whole_lines = num_bytes(&tensor).is_multiple_of(LINE_BYTES);
+        assert!(!is_whole_lines || offset.is_multiple_of(64), "{} at {offset}", tensor.name);
     }
 }
 
 #[test]
 fn shards_split_by_name_and_the_index_names_every_tensor() {
     let dir = tempfile::tempdir().unwrap();
-    write_all(dir.path(), 30, 1000);
+    write_all(dir.path(), 200, 1000);
     let index: serde_json::Value = serde_json::from_slice(&fs::read(dir.path().join(INDEX_NAME)).unwrap()).unwrap();
-    assert_eq!(index["metadata"]["total_size"], 7 + 8 + 13 + 16 + 22 + 30);
+    assert_eq!(index["metadata"]["total_size"], 7 + 8 + 13 + 16 + 22 + 30 + 192);
     let weight_map = index["weight_map"].as_object().unwrap();
     let names: Vec<&str> = weight_map.keys().map(String::as_str).collect();
     assert!(names.is_sorted() && names.len() == plan().len(), "{names:?}");
@@ -72,7 +75,7 @@ fn shards_split_by_name_and_the_index_names_every_tensor() {
         let bytes = fs::read(dir.path().join(weight_map[&tensor.name].as_str().unwrap())).unwrap();
         let read = SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(read.tensor(&tensor.name).unwrap().data(), data_of(&tensor));
-        assert!(read.iter().map(|(_, view)| view.data().len()).sum::<usize>() <= 30);
+        assert!(read.iter().map(|(_, view)| view.data().len()).sum::<usize>() <= 200);
     }
     let num_shards = file_names(dir.path()).len() - 1;
     assert_eq!(shards[0], format!("model-00001-of-{num_shards:05}.safetensors"));
@@ -148,4 +151,73 @@ fn data_past_the_end_of_a_tensor_panics() {
     let dir = tempfile::tempdir().unwrap();
     let mut writer = CheckpointWriter::create(dir.path(), vec![planned("a", Dtype::F32, &[3])], 1000).unwrap();
     let _ = writer.append(&[0; 13]);
+}
+
+/// Append the data of the tensors from `first` on; stop after `num_bytes`, as a kill would.
+fn append_from(writer: &mut CheckpointWriter, first: usize, mut num_bytes: usize) {
+    for data in writer.tensors().to_vec()[first..].iter().map(data_of) {
+        let part = &data[..data.len().min(num_bytes)];
+        if !part.is_empty() {
+            writer.append(part).unwrap();
+        }
+        num_bytes -= part.len();
+    }
+}
+
+#[test]
+fn a_writer_that_stops_anywhere_is_resumed_to_the_same_files() {
+    let whole = tempfile::tempdir().unwrap();
+    write_all(whole.path(), 60, 1000);
+    let total = plan().iter().map(num_bytes).sum::<u64>() as usize;
+    for stop in (0..=total).step_by(7) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = CheckpointWriter::resume(dir.path(), plan(), 60, 0).unwrap();
+        append_from(&mut writer, 0, stop);
+        writer.sync().unwrap();
+        // The journal may know of fewer tensors than are there.
+        let num_complete = writer.current_tensor - usize::from(stop % 2 == 1 && writer.current_tensor > 0);
+        drop(writer);
+        let mut writer = CheckpointWriter::resume(dir.path(), plan(), 60, num_complete).unwrap();
+        append_from(&mut writer, num_complete, usize::MAX);
+        writer.finish().unwrap();
+        assert_eq!(file_names(dir.path()), file_names(whole.path()));
+        for name in file_names(dir.path()) {
+            assert_eq!(fs::read(dir.path().join(&name)).unwrap(), fs::read(whole.path().join(&name)).unwrap());
+        }
+    }
+}
+
+#[test]
+fn a_writer_that_stops_while_it_names_its_files_is_resumed() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut writer = CheckpointWriter::resume(dir.path(), plan(), 60, 0).unwrap();
+    append_from(&mut writer, 0, usize::MAX);
+    let first = writer.final_path(0);
+    fs::rename(writer.temporary_path(0), &first).unwrap();
+    fs::write(temporary_path(&dir.path().join(INDEX_NAME)), "{").unwrap();
+    drop(writer);
+    CheckpointWriter::resume(dir.path(), plan(), 60, plan().len()).unwrap().finish().unwrap();
+    assert!(file_names(dir.path()).iter().all(|name| !name.ends_with(".partial")));
+}
+
+#[test]
+fn files_that_are_not_as_they_were_left_are_not_resumed() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut writer = CheckpointWriter::resume(dir.path(), plan(), 250, 0).unwrap();
+    append_from(&mut writer, 0, 74 + 200);
+    let (num_complete, path) = (writer.current_tensor, writer.temporary_path(writer.num_opened - 1));
+    let whole = writer.temporary_path(0);
+    drop(writer);
+    let refused = |problem: &str| {
+        let error = CheckpointWriter::resume(dir.path(), plan(), 250, num_complete).unwrap_err().to_string();
+        assert!(error.contains(problem) && error.contains(".partial"), "{error}");
+    };
+    let bytes = fs::read(&path).unwrap();
+    fs::write(&path, &bytes[..bytes.len() - 9]).unwrap();
+    refused("were written");
+    fs::write(&path, [b"other", &bytes[5..]].concat()).unwrap();
+    refused("other tensors");
+    fs::write(&path, bytes).unwrap();
+    fs::write(&whole, "short").unwrap();
+    refused("were written");
 }
