@@ -370,7 +370,7 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), WriteError> {
 }
 
 /// Sort a file system error into the kinds that a user can act on.
-pub(crate) fn io_error(path: &Path, source: io::Error) -> WriteError {
+pub fn io_error(path: &Path, source: io::Error) -> WriteError {
     let path = path.to_path_buf();
     match source.kind() {
         io::ErrorKind::AlreadyExists => WriteError::TargetExists { path },

@@ -85,7 +85,8 @@ pub(crate) enum FormatArg {
 }
 
 impl FormatArg {
-    fn format(self) -> PackedFormat {
+    /// The format.
+    pub(crate) fn format(self) -> PackedFormat {
         match self {
             FormatArg::W8a8 => PackedFormat::W8A8,
             FormatArg::W4a8 => PackedFormat::W4A8,

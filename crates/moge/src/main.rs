@@ -41,6 +41,7 @@ enum Command {
     Tokenize(cmd::tokenize::TokenizeArgs),
     Inspect(cmd::inspect::InspectArgs),
     Synth(Box<cmd::synth::SynthArgs>),
+    Quantize(cmd::quantize::QuantizeArgs),
     /// Print a completion script for a shell
     Completions {
         /// Which shell
@@ -70,6 +71,7 @@ fn main() -> ExitCode {
         Command::Tokenize(args) => cmd::tokenize::run(&args),
         Command::Inspect(args) => cmd::inspect::run(&args),
         Command::Synth(args) => cmd::synth::run(&args),
+        Command::Quantize(args) => cmd::quantize::run(&args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "moge", &mut script);

@@ -3,5 +3,6 @@
 pub(crate) mod chat;
 pub(crate) mod generate;
 pub(crate) mod inspect;
+pub(crate) mod quantize;
 pub(crate) mod synth;
 pub(crate) mod tokenize;

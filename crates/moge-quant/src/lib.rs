@@ -1,0 +1,14 @@
+//! Offline: a checkpoint to the packed layout (`moge quantize`), and what that does to a model (`moge perplexity`).
+
+mod damage;
+mod error;
+
+mod import;
+mod job;
+mod journal;
+mod pieces;
+mod source;
+
+pub use damage::{Damage, RoleDamage, TensorDamage};
+pub use error::QuantizeError;
+pub use job::Job;
