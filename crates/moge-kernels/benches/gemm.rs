@@ -3,14 +3,12 @@
 //! `cargo bench -p moge-kernels --bench gemm [-- NUM_THREADS [ISA]]` prints, for every case, the median over some
 //! repetitions, each paired with a measurement of the ceiling just before it.
 
-#![allow(unsafe_code)]
-#![allow(clippy::needless_range_loop)]
-
-use std::hint::black_box;
 use std::time::Instant;
 
 use half::bf16;
-use moge_kernels::{Cpu, Elements, GroupedRows, Isa, Matrix, available_threads, gemm, grouped_gemm};
+use moge_kernels::{
+    Cpu, Elements, GroupedRows, Isa, Matrix, MemoryRead, available_threads, f32_flops_per_s, gemm, grouped_gemm,
+};
 
 /// Width of the model's residual stream.
 const HIDDEN: usize = 5120;
@@ -25,6 +23,7 @@ fn main() {
     let num_threads = arguments.next().map_or(available_threads(), |text| text.parse().expect("NUM_THREADS"));
     let isa = arguments.next().map_or(Isa::best(), |name| Isa::named(&name).expect("ISA"));
     let cpu = Cpu::new(isa, num_threads);
+    let memory = MemoryRead::new(&cpu);
 
     let numbers: Vec<f32> = (0..GEMV_COLS * HIDDEN).map(|i| ((i * 7919) % 1021) as f32 / 1021.0 - 0.5).collect();
     let halves: Vec<bf16> = numbers.iter().map(|&x| bf16::from_f32(x)).collect();
@@ -41,7 +40,7 @@ fn main() {
                 &format!("gemm/rows{num_rows}_{name}/{}/t{num_threads}", isa.name()),
                 "GB/s",
                 || bytes as f64 / seconds(|| gemm(&cpu, &mut out, &x[..num_rows * HIDDEN], w, None)),
-                || read_bandwidth(&cpu, &numbers),
+                || memory.bytes_per_s(&cpu),
             );
         }
     }
@@ -52,7 +51,7 @@ fn main() {
             &format!("gemm/rows512_{name}/{}/t{num_threads}", isa.name()),
             "GFLOP/s",
             || flops / seconds(|| gemm(&cpu, &mut out, x, w, None)),
-            || peak_flops(&cpu),
+            || f32_flops_per_s(&cpu),
         );
         let experts: Vec<Matrix> = (0..8).map(|e| w.slice_rows(e * 336..(e + 1) * 336)).collect();
         let rows = GroupedRows { offsets: &[0, 64, 128, 192, 256, 320, 384, 448, 512], source_rows: None };
@@ -60,7 +59,7 @@ fn main() {
             &format!("grouped_gemm/rows64_{name}/{}/t{num_threads}", isa.name()),
             "GFLOP/s",
             || flops / 8.0 / seconds(|| grouped_gemm(&cpu, &mut out[..512 * 336], x, rows, &|e| experts[e])),
-            || peak_flops(&cpu),
+            || f32_flops_per_s(&cpu),
         );
     }
 }
@@ -83,93 +82,4 @@ fn seconds(body: impl FnOnce()) -> f64 {
     let start = Instant::now();
     body();
     start.elapsed().as_secs_f64()
-}
-
-/// Bytes per second at which all threads together read memory.
-fn read_bandwidth(cpu: &Cpu, numbers: &[f32]) -> f64 {
-    const CHUNK: usize = 1 << 18;
-    let has_avx2 = ["avx2", "avx512"].contains(&cpu.isa().name());
-    let elapsed = seconds(|| {
-        cpu.for_each(numbers.len() / CHUNK, |chunk| {
-            let numbers = &numbers[chunk * CHUNK..(chunk + 1) * CHUNK];
-            #[cfg(target_arch = "x86_64")]
-            if has_avx2 {
-                // SAFETY: The ISA says that the CPU has AVX2.
-                return unsafe { read_avx2(numbers) };
-            }
-            black_box(numbers.iter().fold(0u32, |sum, x| sum.wrapping_add(x.to_bits())));
-        });
-    });
-    (numbers.len() / CHUNK * CHUNK * 4) as f64 / elapsed
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn read_avx2(numbers: &[f32]) {
-    use std::arch::x86_64::{_mm256_loadu_si256, _mm256_or_si256, _mm256_setzero_si256};
-    let mut bits = [_mm256_setzero_si256(); 8];
-    for run in numbers.chunks_exact(64) {
-        for i in 0..8 {
-            // SAFETY: A run holds 8 times 8 numbers.
-            let next = unsafe { _mm256_loadu_si256(run.as_ptr().add(8 * i).cast()) };
-            bits[i] = _mm256_or_si256(bits[i], next);
-        }
-    }
-    black_box(bits);
-}
-
-/// Floating-point operations per second of independent multiply-adds in registers.
-fn peak_flops(cpu: &Cpu) -> f64 {
-    const NUM_STEPS: usize = 2_000_000;
-    let num_lanes = match cpu.isa().name() {
-        "avx512" => 16,
-        "avx2" => 8,
-        _ => 1,
-    };
-    let elapsed = seconds(|| {
-        cpu.for_each(cpu.num_threads(), |_| match num_lanes {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: The ISA of this name has these features.
-            16 => unsafe { multiply_add_avx512(NUM_STEPS) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: The ISA of this name has these features.
-            8 => unsafe { multiply_add_avx2(NUM_STEPS) },
-            _ => {
-                let mut sums = [1.0f32; 12];
-                for _ in 0..NUM_STEPS {
-                    sums.iter_mut().for_each(|sum| *sum = *sum * black_box(0.5) + 0.25);
-                }
-                black_box(sums);
-            }
-        });
-    });
-    (cpu.num_threads() * NUM_STEPS * 12 * num_lanes * 2) as f64 / elapsed
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn multiply_add_avx2(num_steps: usize) {
-    use std::arch::x86_64::{_mm256_fmadd_ps, _mm256_set1_ps};
-    let factor = _mm256_set1_ps(black_box(0.5));
-    let mut sums = [_mm256_set1_ps(1.0); 12];
-    for _ in 0..num_steps {
-        for sum in &mut sums {
-            *sum = _mm256_fmadd_ps(*sum, factor, factor);
-        }
-    }
-    black_box(sums);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn multiply_add_avx512(num_steps: usize) {
-    use std::arch::x86_64::{_mm512_fmadd_ps, _mm512_set1_ps};
-    let factor = _mm512_set1_ps(black_box(0.5));
-    let mut sums = [_mm512_set1_ps(1.0); 12];
-    for _ in 0..num_steps {
-        for sum in &mut sums {
-            *sum = _mm512_fmadd_ps(*sum, factor, factor);
-        }
-    }
-    black_box(sums);
 }

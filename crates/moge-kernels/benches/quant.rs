@@ -1,160 +1,114 @@
-#![allow(unsafe_code, clippy::all, missing_docs)]
-use moge_kernels::*;
-use std::hint::black_box;
+//! Products with packed weights beside what the machine can do, at the sizes of a routed expert.
+//!
+//! `cargo bench -p moge-kernels --bench quant [-- NUM_THREADS [ISA [ROWS]]]` prints, for each format and number of rows per
+//! expert, the median over some repetitions, each paired with a measurement of the ceiling just before it. Weights come
+//! from memory: there are more than any cache holds.
+
 use std::time::Instant;
+
+use moge_kernels::{
+    Cpu, ExpertsDown, GroupedRows, Int8Product, Isa, MemoryRead, PackedFormat, PackedMatrix, QuantizedRows,
+    available_threads, int8_ops_per_s, packed_experts_down, packed_swiglu,
+};
+
 const HIDDEN: usize = 5120;
 const INTER: usize = 1344;
+const NUM_EXPERTS: usize = 64;
+const NUM_REPETITIONS: usize = 7;
+
 fn main() {
-    let cpu = Cpu::new(Isa::best(), 2);
-    let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
-    let big: Vec<f32> = (0..64 << 20).map(|i| ((i * 7919) % 1021) as f32 / 1021.0 - 0.5).collect();
-    for format in [PackedFormat::W4A8, PackedFormat::W8A8] {
-        // one gate/up pair, copied for 48 experts
-        let one = pack(&cpu, format, &big[..INTER * HIDDEN], INTER, HIDDEN);
-        let experts: Vec<Vec<u8>> = (0..64).map(|_| one.clone()).collect();
-        let down1 = pack(&cpu, format, &big[..INTER * HIDDEN], HIDDEN, INTER);
-        let downs: Vec<Vec<u8>> = (0..64).map(|_| down1.clone()).collect();
-        for rows in [1usize, 2, 4, 8, 16, 64, 128] {
-            if args.len() > 0 && !args.contains(&rows.to_string()) {
-                continue;
-            }
-            let e = if rows >= 16 { 8 } else { 32 };
-            let offsets: Vec<usize> = (0..=e).map(|i| i * rows).collect();
-            let n = e * rows;
-            let mut q = QuantizedRows::with_capacity(n, HIDDEN, e);
-            let grouped = GroupedRows { offsets: &offsets, source_rows: None };
-            q.quantize(&cpu, &big[..n * HIDDEN], HIDDEN, grouped);
-            let mut out = vec![0.0; n * INTER];
-            let ops = (n * INTER * HIDDEN * 4) as f64;
-            let bytes = (e * one.len() * 2) as f64;
-            let gu = |i: usize| {
-                [
-                    PackedMatrix::new(&experts[2 * (i % 32)], format, INTER, HIDDEN),
-                    PackedMatrix::new(&experts[2 * (i % 32) + 1], format, INTER, HIDDEN),
-                ]
-            };
-            report(&format!("{format:?} gate+up rows {rows}"), ops, bytes, format, &cpu, &big, || {
-                packed_swiglu(&cpu, &mut out, &q, &gu)
-            });
-            let mut qi = QuantizedRows::with_capacity(n, INTER, e);
-            qi.quantize(&cpu, &big[..n * INTER], INTER, grouped);
-            let mut residual = vec![0.0; rows * HIDDEN];
-            let source: Vec<u32> = (0..n).map(|i| (i % rows) as u32).collect();
-            let weights = vec![0.1; n];
-            let dn = |i: usize| PackedMatrix::new(&downs[i % 64], format, HIDDEN, INTER);
-            let ex = ExpertsDown { inner: &qi, down: &dn, source_rows: &source, weights: &weights };
-            report(&format!("{format:?} down rows {rows}"), ops / 2.0, bytes / 2.0, format, &cpu, &big, || {
-                packed_experts_down(&cpu, &mut residual, HIDDEN, ex)
-            });
-            if rows == 64 {
-                report(&format!("quantize {n}"), ops, (n * HIDDEN * 5) as f64, format, &cpu, &big, || {
-                    q.quantize(&cpu, &big[..n * HIDDEN], HIDDEN, grouped)
-                });
-                let rows = 512;
-                let offsets = [0, 512];
-                let grouped = GroupedRows { offsets: &offsets, source_rows: None };
-                let mut q = QuantizedRows::with_capacity(rows, HIDDEN, 1);
-                q.quantize(&cpu, &big[..rows * HIDDEN], HIDDEN, grouped);
-                let w = pack(&cpu, format, &big[..5376 * HIDDEN], 5376, HIDDEN);
-                let mut out = vec![0.0; rows * 5376];
-                report(
-                    &format!("{format:?} dense 512"),
-                    (2 * rows * 5376 * HIDDEN) as f64,
-                    1.0,
-                    format,
-                    &cpu,
-                    &big,
-                    || packed_gemm(&cpu, &mut out, &q, PackedMatrix::new(&w, format, 5376, HIDDEN), None),
-                );
-            }
+    let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
+    let num_threads = arguments.next().map_or(available_threads(), |text| text.parse().expect("NUM_THREADS"));
+    let isa = arguments.next().map_or(Isa::best(), |name| Isa::named(&name).expect("ISA"));
+    let only_rows: Option<usize> = arguments.next().map(|text| text.parse().expect("ROWS"));
+    let cpu = Cpu::new(isa, num_threads);
+    let memory = MemoryRead::new(&cpu);
+    for (format, product) in [(PackedFormat::W4A8, Int8Product::U4xI8), (PackedFormat::W8A8, Int8Product::I8xI8)] {
+        let weights = Weights::new(format);
+        for rows in [1, 2, 4, 8, 16, 64, 128].into_iter().filter(|&rows| only_rows.is_none_or(|only| only == rows)) {
+            bench(&cpu, &memory, &weights, product, rows);
         }
     }
 }
-fn pack(cpu: &Cpu, format: PackedFormat, w: &[f32], rows: usize, cols: usize) -> Vec<u8> {
-    let mut out = vec![0; format.weight_bytes(rows, cols)];
-    let t = Instant::now();
-    for (rows, out) in w.chunks(32 * cols).zip(out.chunks_mut(format.panel_bytes(cols))) {
-        pack_panel(cpu.isa(), format, rows, cols, out);
-    }
-    println!("packed {} Mw/s/thread", (w.len() as f64 / 1e6 / t.elapsed().as_secs_f64()) as u64);
-    out
-}
-fn seconds(f: impl FnOnce()) -> f64 {
-    let t = Instant::now();
-    f();
-    t.elapsed().as_secs_f64()
-}
-fn report(name: &str, ops: f64, bytes: f64, format: PackedFormat, cpu: &Cpu, big: &[f32], mut f: impl FnMut()) {
-    f();
-    let mut v = vec![];
-    for _ in 0..7 {
-        let peak = int_peak(cpu, format);
-        let bw = read(cpu, big);
-        let n = 3;
-        let t = seconds(|| {
-            for _ in 0..n {
-                f()
+
+/// Experts with `rows` rows each.
+fn bench(cpu: &Cpu, memory: &MemoryRead, weights: &Weights, product: Int8Product, rows: usize) {
+    let num_rows = NUM_EXPERTS * rows;
+    let offsets: Vec<usize> = (0..=NUM_EXPERTS).map(|expert| expert * rows).collect();
+    let source_rows: Vec<u32> = (0..num_rows).map(|row| (row % rows) as u32).collect();
+    let x: Vec<f32> = (0..rows * HIDDEN).map(|i| ((i * 7919) % 1021) as f32 / 1021.0 - 0.5).collect();
+    let grouped = GroupedRows { offsets: &offsets, source_rows: Some(&source_rows) };
+    let mut quantized = QuantizedRows::with_capacity(num_rows, HIDDEN, NUM_EXPERTS);
+    let mut inner = vec![0.0; num_rows * INTER];
+    let mut residual = vec![0.0; rows * HIDDEN];
+    let factors = vec![0.1; num_rows];
+    let macs = (num_rows * INTER * HIDDEN) as f64;
+    let bytes = (NUM_EXPERTS * weights.expert_bytes) as f64;
+    let report = |name: &str, parts: f64, measure: &mut dyn FnMut() -> f64| {
+        measure();
+        let mut shares = [const { Vec::new() }; 4];
+        for _ in 0..NUM_REPETITIONS {
+            let (peak, read) = (int8_ops_per_s(cpu, product), memory.bytes_per_s(cpu));
+            let seconds = measure();
+            let (ops, bytes) = (2.0 * parts * macs / seconds, parts * bytes / seconds);
+            for (shares, value) in
+                shares.iter_mut().zip([ops / 1e9, 100.0 * ops / peak, bytes / 1e9, 100.0 * bytes / read])
+            {
+                shares.push(value);
             }
-        }) / n as f64;
-        v.push((ops / t / peak, bytes / t / bw, ops / t / 1e9, bytes / t / 1e9, peak / 1e9, bw / 1e9));
-    }
-    let med = |k: &dyn Fn(&(f64, f64, f64, f64, f64, f64)) -> f64| {
-        let mut x: Vec<f64> = v.iter().map(k).collect();
-        x.sort_by(f64::total_cmp);
-        x[x.len() / 2]
+        }
+        let [ops, of_peak, bytes, of_memory] = shares.map(median);
+        let name = format!("{:?} {name} rows {rows}", weights.format);
+        println!("{name:24} {ops:6.0} GOP/s ({of_peak:3.0} % of int8) {bytes:6.1} GB/s ({of_memory:3.0} % of memory)");
     };
-    println!(
-        "{name:24} {:6.1} GOP/s ({:.0} % of {:.0})   {:5.1} GB/s ({:.0} % of {:.1})",
-        med(&|x| x.2),
-        100. * med(&|x| x.0),
-        med(&|x| x.4),
-        med(&|x| x.3),
-        100. * med(&|x| x.1),
-        med(&|x| x.5)
-    );
+    quantized.quantize(cpu, &x, HIDDEN, grouped);
+    report("gate+up", 2.0, &mut || seconds(|| packed_swiglu(cpu, &mut inner, &quantized, &|e| weights.gate_up(e))));
+    let mut quantized = QuantizedRows::with_capacity(num_rows, INTER, NUM_EXPERTS);
+    quantized.quantize(cpu, &inner, INTER, GroupedRows { source_rows: None, ..grouped });
+    let down = |e: usize| weights.down(e);
+    let experts = ExpertsDown { inner: &quantized, down: &down, source_rows: &source_rows, weights: &factors };
+    report("down", 1.0, &mut || seconds(|| packed_experts_down(cpu, &mut residual, HIDDEN, experts)));
 }
-fn read(cpu: &Cpu, numbers: &[f32]) -> f64 {
-    const CHUNK: usize = 1 << 18;
-    let e =
-        seconds(|| cpu.for_each(numbers.len() / CHUNK, |c| unsafe { read_avx2(&numbers[c * CHUNK..(c + 1) * CHUNK]) }));
-    (numbers.len() * 4) as f64 / e
+
+/// Bytes that stand for the gate, up and down weights of all experts; what they mean is of no matter to the time.
+struct Weights {
+    format: PackedFormat,
+    bytes: Vec<u8>,
+    /// Where the first weight begins: at a cache line, as in a checkpoint.
+    start: usize,
+    expert_bytes: usize,
 }
-use std::arch::x86_64::*;
-#[target_feature(enable = "avx2")]
-unsafe fn read_avx2(numbers: &[f32]) {
-    let mut bits = [_mm256_setzero_si256(); 8];
-    for run in numbers.chunks_exact(64) {
-        for i in 0..8 {
-            bits[i] = _mm256_or_si256(bits[i], unsafe { _mm256_loadu_si256(run.as_ptr().add(8 * i).cast()) });
-        }
+
+impl Weights {
+    fn new(format: PackedFormat) -> Weights {
+        let expert_bytes = format.weight_bytes(INTER, HIDDEN).max(format.weight_bytes(HIDDEN, INTER));
+        // 0x2c2c is a small f16, and 0x2c2c2c2c a small f32.
+        let bytes = vec![0x2c; 3 * NUM_EXPERTS * expert_bytes + 64];
+        let start = bytes.as_ptr().align_offset(64);
+        Weights { format, bytes, start, expert_bytes }
     }
-    black_box(bits);
-}
-fn int_peak(cpu: &Cpu, format: PackedFormat) -> f64 {
-    const N: usize = 1_000_000;
-    let e = seconds(|| cpu.for_each(2, |_| unsafe { if format == PackedFormat::W4A8 { peak4(N) } else { peak8(N) } }));
-    let macs = if format == PackedFormat::W4A8 { 10 * 32 } else { 10 * 16 };
-    (2 * N * macs * 2) as f64 / e
-}
-#[target_feature(enable = "avx2")]
-unsafe fn peak4(n: usize) {
-    let a = _mm256_set1_epi8(black_box(3));
-    let mut s = [_mm256_setzero_si256(); 10];
-    for _ in 0..n {
-        for s in &mut s {
-            *s = _mm256_add_epi16(*s, _mm256_maddubs_epi16(a, *s));
-        }
+
+    fn weight(&self, index: usize, rows: usize, cols: usize) -> PackedMatrix<'_> {
+        let bytes = &self.bytes[self.start + index * self.expert_bytes..][..self.format.weight_bytes(rows, cols)];
+        PackedMatrix::new(bytes, self.format, rows, cols)
     }
-    black_box(s);
-}
-#[target_feature(enable = "avx2")]
-unsafe fn peak8(n: usize) {
-    let a = _mm256_set1_epi8(black_box(3));
-    let mut s = [_mm256_setzero_si256(); 10];
-    for _ in 0..n {
-        for s in &mut s {
-            *s = _mm256_add_epi32(*s, _mm256_madd_epi16(a, *s));
-        }
+
+    fn gate_up(&self, expert: usize) -> [PackedMatrix<'_>; 2] {
+        [0, 1].map(|which| self.weight(3 * expert + which, INTER, HIDDEN))
     }
-    black_box(s);
+
+    fn down(&self, expert: usize) -> PackedMatrix<'_> {
+        self.weight(3 * expert + 2, HIDDEN, INTER)
+    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn seconds(body: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    body();
+    start.elapsed().as_secs_f64()
 }

@@ -11,6 +11,7 @@
 #![allow(clippy::needless_range_loop)] // Loops over registers read better with their indices.
 
 mod attention;
+mod ceilings;
 mod combine;
 mod cpu;
 mod elements;
@@ -29,6 +30,7 @@ mod swiglu;
 mod testing;
 
 pub use attention::{AttentionLimits, AttentionScratch, BlockId, PagedKv, SequenceRows, paged_attention};
+pub use ceilings::{Int8Product, MemoryRead, f32_flops_per_s, int8_ops_per_s};
 pub use combine::combine;
 pub use cpu::{Cpu, available_threads};
 pub use elements::{ActivationType, Dtype, Elements, Matrix, round_to_bf16};

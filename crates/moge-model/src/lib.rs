@@ -11,10 +11,12 @@ mod ids;
 mod kv_cache;
 mod model;
 mod non_finite;
+mod profile;
 mod quant_scheme;
 mod router;
 pub mod synth;
 pub mod tokenizer;
+mod weight_bytes;
 mod weights;
 mod workspace;
 
@@ -34,10 +36,12 @@ pub use moge_kernels::{
     ActivationType, BlockId, Cpu, Dtype, Isa, MAX_THREADS, PackedFormat, SequenceRows, available_threads,
 };
 pub use non_finite::{NonFinite, count_non_finite};
+pub use profile::{Operator, Profile};
 pub use quant_scheme::{QuantScheme, WeightRole, format_from_name, format_name};
 pub use router::{Route, route_token};
 pub use tokenizer::{Detokenizer, Prefix, SentencePieceError, StopStrings, Tokenizer, TokenizerError, eos_token_ids};
-pub use weights::{PackedSpec, TensorSpec, expected_tensors, tensor_problems, weight_bytes};
+pub use weight_bytes::{LayerBytes, WeightBytes};
+pub use weights::{PackedSpec, TensorSpec, expected_tensors, stored_bytes, tensor_problems};
 pub use workspace::{StepLimits, Trace, Workspace};
 
 /// Tokens that one block of the KV cache holds.

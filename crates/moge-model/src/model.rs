@@ -12,8 +12,8 @@ use thiserror::Error;
 use crate::router::route_token;
 use crate::weights::{Experts, Layer, LayerMlp, Linear, Network, Swiglu, Weight, WeightView};
 use crate::{
-    Batch, Checkpoint, CheckpointError, ConfigError, KvCache, LoadMode, MlpConfig, ModelConfig, QuantScheme,
-    RopeConfig, Workspace,
+    Batch, Checkpoint, CheckpointError, ConfigError, KvCache, LoadMode, MlpConfig, ModelConfig, Operator, QuantScheme,
+    RopeConfig, WeightBytes, Workspace,
 };
 
 /// Why a model cannot be loaded.
@@ -90,6 +90,11 @@ impl Model {
         &self.checkpoint
     }
 
+    /// Sizes of the weights as they are stored.
+    pub fn weight_bytes(&self) -> WeightBytes {
+        WeightBytes::of(&self.network)
+    }
+
     /// One step: write the keys and values of all rows, leave the wanted logits in `work`.
     ///
     /// The numbers of a row depend on its sequence alone, bit for bit: not on the other rows of the batch, on how a
@@ -102,6 +107,7 @@ impl Model {
         assert_eq!(kv_cache.layers.len(), self.network.layers.len(), "layers of the KV cache and of the network");
         work.begin(batch, &self.inverse_frequencies);
         embed(cpu, &mut work.hidden, self.network.embedding.matrix(), &work.tokens);
+        work.profile.mark(Operator::Embed);
         let last = self.network.layers.len() - 1;
         for (index, (layer, kv)) in self.network.layers.iter().zip(&mut kv_cache.layers).enumerate() {
             work.trace_hidden();
@@ -124,10 +130,12 @@ impl Model {
         let Workspace { hidden, normed, q, k, v, attention, projected, quantized, activation, .. } = work;
         let eps = self.config.rms_norm_eps;
         rms_norm(cpu, normed, hidden, &layer.attention_norm, eps, *activation);
+        work.profile.mark(Operator::Norm);
         let input = Input::new(cpu, normed, quantized, &layer.q.weight);
         linear(cpu, q, input, &layer.q);
         linear(cpu, k, input, &layer.k);
         linear(cpu, v, input, &layer.v);
+        work.profile.mark(Operator::Qkv);
         if let Some([q_norm, k_norm]) = &layer.qk_norms {
             rms_norm_in_place(cpu, q, q_norm, eps, ActivationType::F32);
             rms_norm_in_place(cpu, k, k_norm, eps, ActivationType::F32);
@@ -136,25 +144,32 @@ impl Model {
         rope(cpu, q, angles, self.rope_head(), *activation);
         rope(cpu, k, angles, self.rope_head(), *activation);
         kv.write(cpu, k, v, &batch.sequences);
+        work.profile.mark(Operator::RopeAndKvWrite);
         paged_attention(cpu, attention, q, kv, &batch.sequences, &mut work.attention_scratch);
+        work.profile.mark(Operator::Attention);
         linear(cpu, projected, Input::new(cpu, attention, quantized, &layer.o.weight), &layer.o);
+        work.profile.mark(Operator::OutputProjection);
         if let Some(post_norms) = &layer.post_norms {
             rms_norm_in_place(cpu, projected, &post_norms.attention, eps, ActivationType::F32);
         }
         add(cpu, hidden, projected);
+        work.profile.mark(Operator::Norm);
     }
 
     /// `hidden += [norm] mlp(norm(hidden))`.
     fn mlp(&self, cpu: &Cpu, layer: &Layer, work: &mut Workspace) {
         let eps = self.config.rms_norm_eps;
         rms_norm(cpu, &mut work.normed, &work.hidden, &layer.mlp_norm, eps, work.activation);
+        work.profile.mark(Operator::Norm);
         match &layer.mlp {
             LayerMlp::Dense(mlp) => {
                 dense_mlp(cpu, mlp, work);
+                work.profile.mark(Operator::DenseMlp);
                 if let Some(post_norms) = &layer.post_norms {
                     rms_norm_in_place(cpu, &mut work.projected, &post_norms.mlp, eps, ActivationType::F32);
                 }
                 add(cpu, &mut work.hidden, &work.projected);
+                work.profile.mark(Operator::Norm);
             }
             LayerMlp::GroupedExperts(experts) => self.experts(cpu, experts, work),
         }
@@ -171,12 +186,16 @@ impl Model {
         }
         work.trace_routes();
         work.dispatch.sort(moe, &work.routes);
+        work.experts_hit.push(work.dispatch.num_experts_hit());
+        work.profile.mark(Operator::Router);
         dense_mlp(cpu, &experts.shared, work);
+        work.profile.mark(Operator::SharedExpert);
         if experts.routed[0].down.is_packed() {
             packed_experts(cpu, experts, work);
         } else {
             plain_experts(cpu, experts, work);
         }
+        work.profile.mark(Operator::Combine);
     }
 
     fn rope_head(&self) -> RopeHead {
@@ -189,6 +208,7 @@ impl Model {
         let Workspace { hidden, normed, quantized, logits, activation, .. } = work;
         rms_norm(cpu, normed, hidden, &self.network.final_norm, self.config.rms_norm_eps, *activation);
         product(cpu, logits, Input::new(cpu, normed, quantized, &self.network.head), &self.network.head, None);
+        work.profile.mark(Operator::Head);
     }
 }
 
@@ -238,24 +258,27 @@ fn dense_mlp(cpu: &Cpu, mlp: &Swiglu, work: &mut Workspace) {
 
 /// The routed experts of weights that are not packed, and the shared one, whose output is in `projected`.
 fn plain_experts(cpu: &Cpu, experts: &Experts, work: &mut Workspace) {
-    let Workspace { hidden, normed, inner, expert_out, projected, dispatch, activation, .. } = work;
+    let Workspace { hidden, normed, inner, expert_out, projected, dispatch, activation, profile, .. } = work;
     let rows = GroupedRows { offsets: &dispatch.offsets, source_rows: Some(&dispatch.source_rows) };
     let inner = &mut inner[..dispatch.source_rows.len() * experts.routed[0].down.cols()];
     let gate_up = |e: usize| experts.routed[e].gate_up.each_ref().map(Weight::matrix);
     grouped_swiglu(cpu, inner, normed, rows, &gate_up, *activation);
+    profile.mark(Operator::RoutedGateUp);
     let rows = GroupedRows { source_rows: None, ..rows };
     grouped_gemm(cpu, expert_out, inner, rows, &|e| experts.routed[e].down.matrix());
+    profile.mark(Operator::RoutedDown);
     combine(cpu, hidden, expert_out, &dispatch.slots, &dispatch.weights, projected);
 }
 
 /// As [`plain_experts`], of packed weights.
 fn packed_experts(cpu: &Cpu, experts: &Experts, work: &mut Workspace) {
-    let Workspace { hidden, normed, inner, dispatched, projected, dispatch, widths, .. } = work;
+    let Workspace { hidden, normed, inner, dispatched, projected, dispatch, widths, profile, .. } = work;
     let rows = GroupedRows { offsets: &dispatch.offsets, source_rows: Some(&dispatch.source_rows) };
     let inter = experts.routed[0].down.cols();
     let inner = &mut inner[..dispatch.source_rows.len() * inter];
     dispatched.quantize(cpu, normed, widths.hidden, rows);
     packed_swiglu(cpu, inner, dispatched, &|e| experts.routed[e].gate_up.each_ref().map(Weight::packed));
+    profile.mark(Operator::RoutedGateUp);
     dispatched.quantize(cpu, inner, inter, GroupedRows { source_rows: None, ..rows });
     let down = ExpertsDown {
         inner: dispatched,
@@ -264,5 +287,6 @@ fn packed_experts(cpu: &Cpu, experts: &Experts, work: &mut Workspace) {
         weights: &dispatch.row_weights,
     };
     packed_experts_down(cpu, hidden, widths.hidden, down);
+    profile.mark(Operator::RoutedDown);
     add(cpu, hidden, projected);
 }

@@ -96,6 +96,11 @@ impl Dispatch {
         self.offsets.rotate_right(1);
         self.offsets[0] = 0;
     }
+
+    /// Experts that have rows.
+    pub(crate) fn num_experts_hit(&self) -> usize {
+        self.offsets.windows(2).filter(|offsets| offsets[0] < offsets[1]).count()
+    }
 }
 
 #[cfg(test)]
@@ -154,6 +159,7 @@ mod tests {
         for _ in 0..2 {
             dispatch.sort(&config, &routes);
             assert_eq!(dispatch.offsets, [0, 1, 4, 4, 6]);
+            assert_eq!(dispatch.num_experts_hit(), 3);
             assert_eq!(dispatch.source_rows, [1, 0, 1, 2, 0, 2]);
             assert_eq!(dispatch.slots, [4, 1, 2, 0, 5, 3]);
             assert_eq!(dispatch.weights, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]);

@@ -57,8 +57,8 @@ impl Weight {
     }
 
     /// Bytes that it takes.
-    pub(crate) fn num_bytes(&self) -> usize {
-        self.range.len()
+    pub(crate) fn num_bytes(&self) -> u64 {
+        self.range.len() as u64
     }
 
     /// The numbers of a weight that is not packed.
@@ -410,7 +410,7 @@ impl TensorSpec {
 }
 
 /// Bytes that the tensors of a network take in a file, those that are not packed in the type that `config` states.
-pub fn weight_bytes(config: &ModelConfig) -> u64 {
+pub fn stored_bytes(config: &ModelConfig) -> u64 {
     let bytes = |spec: &TensorSpec| match &spec.packed {
         Some(packed) => packed.stored_shape().iter().map(|&size| size as u64).product(),
         None => spec.num_elements().saturating_mul(config.dtype.size_bytes() as u64),
@@ -566,7 +566,7 @@ struct Packing<'a> {
 
 impl Packing<'_> {
     fn pack(&mut self, weight: Weight, role: WeightRole) -> Weight {
-        self.bytes_read += weight.num_bytes() as u64;
+        self.bytes_read += weight.num_bytes();
         let packed = match self.scheme.format(role) {
             Some(format) => weight.pack(self.cpu, format),
             None => weight,

@@ -3,7 +3,7 @@
 use moge_kernels::{ActivationType, AttentionLimits, AttentionScratch, QuantizedRows, rope_angles};
 
 use crate::router::{Dispatch, Route};
-use crate::{BLOCK_SIZE, Batch, ExpertId, MlpConfig, ModelConfig};
+use crate::{BLOCK_SIZE, Batch, ExpertId, MlpConfig, ModelConfig, Profile};
 
 /// Scratch memory of a step. Allocated once: a step only changes lengths, within the capacity reserved here.
 #[derive(Debug)]
@@ -41,6 +41,9 @@ pub struct Workspace {
     /// Output of routed experts that are not packed, `[num_rows * experts_per_token, hidden_size]`.
     pub(crate) expert_out: Vec<f32>,
     pub(crate) logits: Vec<f32>,
+    /// Experts that rows were dispatched to, of each routed layer of the step.
+    pub(crate) experts_hit: Vec<usize>,
+    pub(crate) profile: Profile,
     trace: Option<Trace>,
 }
 
@@ -170,6 +173,8 @@ impl Workspace {
             ),
             expert_out: rows(widths.expert_out()),
             logits: Vec::with_capacity(limits.max_logit_rows * widths.vocab),
+            experts_hit: Vec::with_capacity(config.num_layers),
+            profile: Profile::default(),
             trace: None,
         }
     }
@@ -198,7 +203,24 @@ impl Workspace {
         self.trace.as_ref()
     }
 
+    /// How many routed experts had rows, in each routed layer of the last step: those whose weights were read.
+    pub fn experts_hit(&self) -> &[usize] {
+        &self.experts_hit
+    }
+
+    /// Record where the time goes from the next step on, beginning at zero.
+    pub fn record_profile(&mut self) {
+        self.profile = Profile::recording();
+    }
+
+    /// Where the time went since [`Workspace::record_profile`], if that was asked for.
+    pub fn profile(&self) -> Option<&Profile> {
+        self.profile.is_recording().then_some(&self.profile)
+    }
+
     pub(crate) fn begin(&mut self, batch: &Batch, inverse_frequencies: &[f32]) {
+        self.profile.begin_step();
+        self.experts_hit.clear();
         let (num_rows, widths) = (batch.num_rows(), self.widths);
         let limits = self.limits;
         assert!(num_rows <= limits.max_rows, "{num_rows} rows in a workspace of {}", limits.max_rows);

@@ -13,7 +13,7 @@ use moge_model::synth::write_checkpoint;
 use moge_model::{
     ActivationType, Architecture, BLOCK_SIZE, ChatTemplate, Checkpoint, Cpu, Dtype, GenerationDefaults, Isa, KvCache,
     LoadMode, MAX_THREADS, Model, ModelConfig, PackedFormat, QuantScheme, TokenId, Tokenizer, TokenizerError,
-    Workspace, available_threads, eos_token_ids, weight_bytes,
+    Workspace, available_threads, eos_token_ids, stored_bytes,
 };
 use tempfile::TempDir;
 
@@ -23,7 +23,7 @@ use crate::memory::{MemoryPlan, available_bytes};
 use crate::progress;
 
 /// Rows of a step: enough that each expert's weights are read for several tokens.
-const MAX_BATCHED_TOKENS: usize = 512;
+pub(crate) const MAX_BATCHED_TOKENS: usize = 512;
 
 /// Sequences that run at the same time.
 const MAX_RUNNING: usize = 64;
@@ -193,6 +193,11 @@ impl SamplingArgs {
 }
 
 impl ModelArgs {
+    /// Threads to compute with.
+    pub(crate) fn num_threads(&self) -> usize {
+        self.threads.unwrap_or_else(available_threads)
+    }
+
     /// True if the checkpoint is to be made first.
     pub(crate) fn is_synthetic(&self) -> bool {
         self.source.synthetic.is_some()
@@ -200,6 +205,17 @@ impl ModelArgs {
 
     /// Read the small files of the checkpoint, made first if it is to be synthetic; `interrupt` removes it again.
     pub(crate) fn open(&self, interrupt: Option<&Interrupt>) -> Result<Frontend> {
+        let mut frontend = self.open_as_it_is(interrupt)?;
+        if let Some(scheme) = self.quantize {
+            if !frontend.config.quant.is_none() {
+                bail!("--quantize: {} is quantised already; it can only run as it is", frontend.dir.display());
+            }
+            frontend.config.quant = QuantScheme::uniform(scheme.format());
+        }
+        Ok(frontend)
+    }
+
+    fn open_as_it_is(&self, interrupt: Option<&Interrupt>) -> Result<Frontend> {
         let Some(preset) = &self.source.synthetic else {
             return Frontend::open(self.source.model.as_deref().unwrap_or(Path::new(".")));
         };
@@ -221,7 +237,7 @@ impl ModelArgs {
 pub(crate) struct Frontend {
     /// The checkpoint's directory.
     pub(crate) dir: PathBuf,
-    /// The network's description.
+    /// The network's description, as it will run.
     pub(crate) config: ModelConfig,
     /// The tokenizer, or why there is none.
     tokenizer: Result<Arc<Tokenizer>, TokenizerError>,
@@ -259,16 +275,19 @@ impl Frontend {
         Ok(ChatTemplate::load(&self.dir, self.config.architecture)?)
     }
 
+    /// The precision that `args` ask for.
+    pub(crate) fn activation(&self, args: &ModelArgs) -> ActivationType {
+        match (args.dtype, self.config.dtype) {
+            (DtypeArg::F32, _) | (DtypeArg::Auto, Dtype::F32 | Dtype::F16) => ActivationType::F32,
+            (DtypeArg::Bf16, _) | (DtypeArg::Auto, Dtype::Bf16) => ActivationType::Bf16,
+        }
+    }
+
     /// Load the weights and make an engine that can hold `sequence_tokens`, the greatest length of each sequence.
     /// Returns the engine and the time that loading took.
     pub(crate) fn load(&self, args: &ModelArgs, sequence_tokens: &[usize]) -> Result<(Engine, Duration)> {
         let start = Instant::now();
-        let activation = match (args.dtype, self.config.dtype) {
-            (DtypeArg::F32, _) | (DtypeArg::Auto, Dtype::F32 | Dtype::F16) => ActivationType::F32,
-            (DtypeArg::Bf16, _) | (DtypeArg::Auto, Dtype::Bf16) => ActivationType::Bf16,
-        };
-        let isa = Isa::select()?;
-        let num_threads = args.threads.unwrap_or_else(available_threads);
+        let activation = self.activation(args);
         let tokenizer = self.tokenizer.as_ref().ok().cloned();
         let max_running = sequence_tokens.len().clamp(1, MAX_RUNNING);
         let total_tokens: usize = sequence_tokens.iter().sum();
@@ -281,57 +300,57 @@ impl Frontend {
             eos_token_ids: eos_token_ids(&self.config.eos_token_ids, &self.defaults, tokenizer.as_deref()),
         };
         let longest = sequence_tokens.iter().max().map_or(1, |tokens| tokens.div_ceil(BLOCK_SIZE).max(1));
-        let quantize = args.quantize.map(|scheme| QuantScheme::uniform(scheme.format()));
-        let model_config = ModelConfig { quant: quantize.unwrap_or(self.config.quant), ..self.config.clone() };
-        let weight_bytes = match quantize {
-            // The mapped originals may leave memory when others need it.
-            Some(_) => weight_bytes(&model_config),
-            None => Checkpoint::file_bytes(&self.dir)?,
-        };
-        self.fit_memory(args, &model_config, weight_bytes, &mut config, longest, num_threads)?;
+        self.fit_memory(args, &mut config, longest)?;
+        let (model, cpu) = self.load_model(args)?;
+        tracing::info!("{} threads, {}, {activation:?} activations", cpu.num_threads(), cpu.isa().name());
+        Ok((Engine::new(model, cpu, tokenizer, &config), start.elapsed()))
+    }
+
+    /// Load the weights, and start the threads that compute.
+    pub(crate) fn load_model(&self, args: &ModelArgs) -> Result<(Model, Cpu)> {
+        let isa = Isa::select()?;
+        let num_threads = args.num_threads();
         let cpu = Cpu::new(isa, num_threads);
-        let bar = progress::bytes(if quantize.is_some() { "quantising" } else { "loading" });
+        let bar = progress::bytes(if args.quantize.is_some() { "quantising" } else { "loading" });
         let report = |done, total| progress::set(&bar, done, total);
-        let model = match (quantize, args.load) {
-            (Some(scheme), _) => Model::load_quantizing(&self.dir, &cpu, scheme, &report)?,
+        let model = match (args.quantize, args.load) {
+            (Some(_), _) => Model::load_quantizing(&self.dir, &cpu, self.config.quant, &report)?,
             (None, LoadArg::Mmap) => Model::load(&self.dir, LoadMode::Mmap, &report)?,
             (None, LoadArg::Read) => Model::load(&self.dir, LoadMode::Read, &report)?,
         };
-        if quantize.is_none() && args.load == LoadArg::Mmap && !args.allow_paging {
+        if args.quantize.is_none() && args.load == LoadArg::Mmap && !args.allow_paging {
             model.checkpoint().prefault(num_threads, &report);
         }
         bar.finish_and_clear();
         if cpu.num_threads() < num_threads {
             tracing::warn!("the system allows {} of {num_threads} threads", cpu.num_threads());
         }
-        tracing::info!("{} threads, {}, {activation:?} activations", cpu.num_threads(), cpu.isa().name());
-        Ok((Engine::new(model, cpu, tokenizer, &config), start.elapsed()))
+        Ok((model, cpu))
     }
 
     /// Cut the KV cache to what memory allows, but not below `least_blocks`; refuses what will not fit even so.
-    fn fit_memory(
-        &self,
-        args: &ModelArgs,
-        model: &ModelConfig,
-        weight_bytes: u64,
-        config: &mut EngineConfig,
-        least_blocks: usize,
-        num_threads: usize,
-    ) -> Result<()> {
-        let Some(available) = available_bytes() else { return Ok(()) };
-        let block_bytes = KvCache::block_bytes(model, config.activation);
-        let workspace_bytes = Workspace::bytes(model, config.step_limits(model, num_threads));
-        let plan = |blocks: usize| MemoryPlan {
-            weight_bytes,
-            kv_bytes: block_bytes.saturating_mul(blocks as u64),
-            workspace_bytes,
-        };
-        let paging = args.allow_paging && args.load == LoadArg::Mmap;
-        plan(least_blocks).check(available, paging).with_context(|| self.dir.display().to_string())?;
-        let resident = if paging { workspace_bytes } else { weight_bytes + workspace_bytes };
-        let affordable = (available.saturating_sub(resident) / block_bytes) as usize;
+    fn fit_memory(&self, args: &ModelArgs, config: &mut EngineConfig, least_blocks: usize) -> Result<()> {
+        let block_bytes = KvCache::block_bytes(&self.config, config.activation);
+        let kv_bytes = |blocks: usize| block_bytes.saturating_mul(blocks as u64);
+        let limits = config.step_limits(&self.config, args.num_threads());
+        let workspace_bytes = Workspace::bytes(&self.config, limits);
+        let Some(left) = self.check_memory(args, kv_bytes(least_blocks), workspace_bytes)? else { return Ok(()) };
+        let affordable = least_blocks + (left / block_bytes) as usize;
         config.num_blocks = config.num_blocks.min(affordable).max(least_blocks);
-        tracing::info!("memory: {} of {} available", plan(config.num_blocks), DecimalBytes(available));
+        tracing::info!("{} of KV cache", DecimalBytes(kv_bytes(config.num_blocks)));
         Ok(())
+    }
+
+    /// Refuse a run that does not fit into memory. Returns the bytes that it leaves, if the system tells.
+    pub(crate) fn check_memory(&self, args: &ModelArgs, kv_bytes: u64, workspace_bytes: u64) -> Result<Option<u64>> {
+        let Some(available) = available_bytes() else { return Ok(None) };
+        // The mapped originals of weights that are quantised in memory leave it when others need it.
+        let weight_bytes =
+            if args.quantize.is_some() { stored_bytes(&self.config) } else { Checkpoint::file_bytes(&self.dir)? };
+        let plan = MemoryPlan { weight_bytes, kv_bytes, workspace_bytes };
+        let paging = args.allow_paging && args.load == LoadArg::Mmap;
+        plan.check(available, paging).with_context(|| self.dir.display().to_string())?;
+        tracing::info!("memory: {plan} of {} available", DecimalBytes(available));
+        Ok(Some(plan.left_bytes(available, paging)))
     }
 }

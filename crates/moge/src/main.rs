@@ -40,6 +40,7 @@ enum Command {
     Chat(Box<cmd::chat::ChatArgs>),
     Tokenize(cmd::tokenize::TokenizeArgs),
     Inspect(cmd::inspect::InspectArgs),
+    Bench(Box<cmd::bench::BenchArgs>),
     Synth(Box<cmd::synth::SynthArgs>),
     Quantize(cmd::quantize::QuantizeArgs),
     /// Print a completion script for a shell
@@ -70,6 +71,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => cmd::chat::run(&args),
         Command::Tokenize(args) => cmd::tokenize::run(&args),
         Command::Inspect(args) => cmd::inspect::run(&args),
+        Command::Bench(args) => cmd::bench::run(&args),
         Command::Synth(args) => cmd::synth::run(&args),
         Command::Quantize(args) => cmd::quantize::run(&args),
         Command::Completions { shell } => {

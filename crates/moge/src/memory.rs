@@ -22,12 +22,21 @@ impl MemoryPlan {
         self.weight_bytes.saturating_add(self.kv_bytes).saturating_add(self.workspace_bytes)
     }
 
+    /// What must be in memory at once.
+    fn resident(self, weights_may_page: bool) -> MemoryPlan {
+        if weights_may_page { MemoryPlan { weight_bytes: 0, ..self } } else { self }
+    }
+
+    /// What the plan leaves of `available_bytes`.
+    pub(crate) fn left_bytes(self, available_bytes: u64, weights_may_page: bool) -> u64 {
+        available_bytes.saturating_sub(self.resident(weights_may_page).total_bytes())
+    }
+
     /// Refuse a plan that does not fit into `available_bytes`. With `weights_may_page`, mapped weights that do not fit
     /// are read from disk again and again; the rest must fit all the same.
     pub(crate) fn check(self, available_bytes: u64, weights_may_page: bool) -> Result<()> {
-        let resident = if weights_may_page { MemoryPlan { weight_bytes: 0, ..self } } else { self };
-        let needed = resident.total_bytes();
-        if needed <= available_bytes {
+        let resident = self.resident(weights_may_page);
+        if resident.total_bytes() <= available_bytes {
             return Ok(());
         }
         let advice = if self.weight_bytes > available_bytes && !weights_may_page {
@@ -92,6 +101,8 @@ mod tests {
         assert_eq!(error, expected);
         assert!(plan.check(5_000_000_000, false).unwrap_err().to_string().contains("--allow-paging"));
         plan.check(5_000_000_000, true).unwrap();
+        assert_eq!(plan.left_bytes(15_100_000_000, false), 30_000_000);
+        assert_eq!(plan.left_bytes(15_100_000_000, true), 12_030_000_000);
         plan.check(2_000_000_000, true).unwrap_err();
     }
 

@@ -1,5 +1,7 @@
 //! Progress bars, hidden where standard error is no terminal.
 
+use std::borrow::Cow;
+
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// A bar that counts bytes and shows rate and time left.
@@ -10,7 +12,7 @@ pub(crate) fn bytes(what: &'static str) -> ProgressBar {
 }
 
 /// A bar that counts `num_items` things and shows the time left.
-pub(crate) fn items(what: &'static str, num_items: usize) -> ProgressBar {
+pub(crate) fn items(what: impl Into<Cow<'static, str>>, num_items: usize) -> ProgressBar {
     let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}").expect("the template is right");
     ProgressBar::new(num_items as u64).with_style(style).with_message(what)
 }

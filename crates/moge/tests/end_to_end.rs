@@ -462,6 +462,8 @@ fn too_little_memory_is_said_before_anything_is_loaded() {
     stdout(moge(&[&["synth", arg, "--arch", "pangu-embedded"], &sizes.split(' ').collect::<Vec<_>>()[..]].concat()));
     let generate = ["generate", "-m", arg, "-p", "x", "--dtype", "f32", "-n"];
     assert_refused(&[&generate[..], &["1900000"]].concat(), &["not enough memory", "KV cache 12", "would be left"]);
+    let bench = ["bench", "-m", arg, "--dtype", "f32", "--decode", "1", "--batch", "1", "--context", "1900000"];
+    assert_refused(&bench, &["not enough memory", "KV cache 12"]);
     stdout(moge(&[&generate[..], &["3"]].concat()));
 }
 

@@ -129,17 +129,24 @@ impl<'a> PackedMatrix<'a> {
     /// If `row` is out of bounds or `out` does not have `cols` numbers.
     pub fn dequantize_row(self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows && out.len() == self.cols, "row {row} of {}, {} columns", self.rows, self.cols);
-        pack::unpack_row(self.panel(row / PANEL_ROWS), self.format, row % PANEL_ROWS, out);
+        pack::unpack_row(self.panel(row / PANEL_ROWS).bytes, self.format, row % PANEL_ROWS, out);
     }
 
-    /// The bytes of one panel.
-    fn panel(self, panel: usize) -> &'a [u8] {
+    /// One panel.
+    fn panel(self, panel: usize) -> Panel<'a> {
         let len = self.format.panel_bytes(self.cols);
-        &self.bytes[panel * len..(panel + 1) * len]
+        Panel { format: self.format, bytes: &self.bytes[panel * len..(panel + 1) * len] }
     }
 
     /// Panels that there are.
     fn num_panels(self) -> usize {
         PackedFormat::num_panels(self.rows)
     }
+}
+
+/// One panel of a packed weight.
+#[derive(Clone, Copy)]
+struct Panel<'a> {
+    format: PackedFormat,
+    bytes: &'a [u8],
 }

@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
-use super::rows::tiles;
-use super::tile::{NO_PRODUCTS, multiply_panel};
+use super::rows::{Tile, tiles};
+use super::tile::{MAX_PANELS, NO_PRODUCTS, Products, multiply_panels};
 use super::{PANEL_ROWS, PackedFormat, PackedMatrix, QuantizedRows};
 use crate::cpu::{Cpu, SharedMut};
 use crate::elements::ActivationType;
+use crate::isa::Isa;
 use crate::swiglu::swiglu;
 
 /// Parts of the work for each thread, so that the last ones to finish wait little.
@@ -31,8 +32,7 @@ pub fn packed_gemm(cpu: &Cpu, out: &mut [f32], x: &QuantizedRows, w: PackedMatri
     for_each_part(cpu, x.offsets(), w.num_panels(), |_, rows, panels| {
         let mut products = NO_PRODUCTS;
         for tile in tiles(rows) {
-            for panel in panels.clone() {
-                multiply_panel(isa, w, panel, x.tile(tile.clone()), &mut products);
+            each_panel(isa, panels.clone(), w, x.tile(tile.clone()), &mut products, |panel, products| {
                 let cols = columns(panel, num_cols);
                 for (row, products) in tile.clone().zip(&products.0) {
                     // SAFETY: Parts are disjoint in rows or in columns.
@@ -46,7 +46,7 @@ pub fn packed_gemm(cpu: &Cpu, out: &mut [f32], x: &QuantizedRows, w: PackedMatri
                         None => out.copy_from_slice(&products[..cols.len()]),
                     }
                 }
-            }
+            });
         }
     });
 }
@@ -76,18 +76,21 @@ pub fn packed_swiglu<'w>(
         for weight in weights {
             assert_eq!((weight.rows(), weight.cols()), (inter, x.width()), "gate or up of expert {expert}");
         }
-        let mut products = [NO_PRODUCTS; 2];
+        let mut products = NO_PRODUCTS;
         for tile in tiles(rows) {
-            for panel in panels.clone() {
-                for (weight, products) in weights.into_iter().zip(&mut products) {
-                    multiply_panel(isa, weight, panel, x.tile(tile.clone()), products);
-                }
-                let cols = columns(panel, inter);
-                let [gate, up] = &products;
-                for (row, (gate, up)) in tile.clone().zip(gate.0.iter().zip(&up.0)) {
-                    // SAFETY: Parts are disjoint in expert, hence in rows, or in columns.
-                    let out = unsafe { out.slice(row * inter + cols.start..row * inter + cols.end) };
-                    swiglu(isa, out, &gate[..cols.len()], &up[..cols.len()], ActivationType::F32);
+            let x = x.tile(tile.clone());
+            for first in panels.clone().step_by(MAX_PANELS / 2) {
+                let pairs = first..panels.end.min(first + MAX_PANELS / 2);
+                let both: [_; MAX_PANELS] =
+                    std::array::from_fn(|i| weights[i % 2].panel((first + i / 2).min(pairs.end - 1)));
+                multiply_panels(isa, &both[..2 * pairs.len()], x, &mut products);
+                for (panel, products) in pairs.zip(products.chunks_exact(2)) {
+                    let cols = columns(panel, inter);
+                    for (row, (gate, up)) in tile.clone().zip(products[0].0.iter().zip(&products[1].0)) {
+                        // SAFETY: Parts are disjoint in expert, hence in rows, or in columns.
+                        let out = unsafe { out.slice(row * inter + cols.start..row * inter + cols.end) };
+                        swiglu(isa, out, &gate[..cols.len()], &up[..cols.len()], ActivationType::F32);
+                    }
                 }
             }
         }
@@ -132,8 +135,8 @@ pub fn packed_experts_down(cpu: &Cpu, residual: &mut [f32], hidden: usize, exper
             let weight = down(expert);
             assert_eq!((weight.rows(), weight.cols()), (hidden, inner.width()), "down of expert {expert}");
             for tile in tiles(pair[0]..pair[1]) {
-                for panel in panels.clone() {
-                    multiply_panel(isa, weight, panel, inner.tile(tile.clone()), &mut products);
+                let x = inner.tile(tile.clone());
+                each_panel(isa, panels.clone(), weight, x, &mut products, |panel, products| {
                     let cols = columns(panel, hidden);
                     for (row, products) in tile.clone().zip(&products.0) {
                         let start = source_rows[row] as usize * hidden;
@@ -143,10 +146,27 @@ pub fn packed_experts_down(cpu: &Cpu, residual: &mut [f32], hidden: usize, exper
                             *residual += weights[row] * product;
                         }
                     }
-                }
+                });
             }
         }
     });
+}
+
+/// Multiply each of `panels` of a weight, as many at once as possible, and give `body` the products of each.
+fn each_panel(
+    isa: Isa,
+    panels: Range<usize>,
+    weight: PackedMatrix<'_>,
+    x: Tile<'_>,
+    products: &mut [Products; MAX_PANELS],
+    mut body: impl FnMut(usize, &Products),
+) {
+    for first in panels.clone().step_by(MAX_PANELS) {
+        let some = first..panels.end.min(first + MAX_PANELS);
+        let views: [_; MAX_PANELS] = std::array::from_fn(|i| weight.panel((first + i).min(some.end - 1)));
+        multiply_panels(isa, &views[..some.len()], x, products);
+        some.zip(&*products).for_each(|(panel, products)| body(panel, products));
+    }
 }
 
 /// The columns of an output of `num_cols` that a panel has.

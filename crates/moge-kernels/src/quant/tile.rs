@@ -4,37 +4,52 @@
 //! row this is a stream of weights, with many it is bound by the integer products.
 
 use super::rows::{TILE_ROWS, Tile};
-use super::{PackedFormat, PackedMatrix, W4_BLOCK_BYTES, W8_SCALE_BYTES};
+use super::{PackedFormat, Panel, W4_BLOCK_BYTES, W8_SCALE_BYTES};
 use crate::isa::Isa;
 use crate::simd::{Aligned, BLOCK_LEN, BYTE_BYTES, BlockInputs, Dot, DotOp, PANEL_ROWS};
 
-/// How far ahead weights are fetched: the latency of memory at the rate of one thread.
-const PREFETCH_BYTES: usize = 9216;
+/// How far ahead weights are fetched, in each of the panels that are read side by side.
+const PREFETCH_BYTES: usize = 2 * W4_BLOCK_BYTES;
 
 /// Products of a tile with a panel: row of the tile, weight row. The front part that a tile has is used.
 pub(super) type Products = Aligned<[[f32; PANEL_ROWS]; TILE_ROWS]>;
 
-/// Products that nobody has computed yet.
-pub(super) const NO_PRODUCTS: Products = Aligned([[0.0; PANEL_ROWS]; TILE_ROWS]);
+/// Products of some panels that nobody has computed yet.
+pub(super) const NO_PRODUCTS: [Products; MAX_PANELS] = [Aligned([[0.0; PANEL_ROWS]; TILE_ROWS]); MAX_PANELS];
 
-/// `out[r][n] = x[r] . w[n]` for the rows of `x` and the weight rows of panel `panel`, scales applied.
-pub(super) fn multiply_panel(isa: Isa, w: PackedMatrix<'_>, panel: usize, x: Tile<'_>, out: &mut Products) {
-    let num_blocks = w.cols.div_ceil(BLOCK_LEN);
+/// Panels that [`multiply_panels`] takes at once.
+pub(super) const MAX_PANELS: usize = 4;
+/// Up to so many rows, all panels are read side by side: a core reads several streams faster than one.
+const FEW_ROWS: usize = 8;
+
+/// `out[p][r][n] = x[r] . w[n]` for the rows of `x` and the weight rows of each panel, scales applied. The panels
+/// are of one format.
+pub(super) fn multiply_panels(isa: Isa, panels: &[Panel<'_>], x: Tile<'_>, out: &mut [Products; MAX_PANELS]) {
+    let Some(first) = panels.first() else { return };
     let num_rows = x.scales.len();
-    assert!(num_rows <= TILE_ROWS && x.levels.len() == num_blocks * num_rows * BLOCK_LEN);
+    assert!(panels.len() <= MAX_PANELS && num_rows <= TILE_ROWS);
+    assert!(panels.iter().all(|panel| panel.format == first.format && panel.bytes.len() == first.bytes.len()));
+    let num_blocks = match first.format {
+        PackedFormat::W8A8 => (first.bytes.len() - W8_SCALE_BYTES) / BYTE_BYTES,
+        PackedFormat::W4A8 => first.bytes.len() / W4_BLOCK_BYTES,
+    };
+    assert!(x.levels.len() == num_blocks * num_rows * BLOCK_LEN);
     assert!(x.corrections.len() == num_blocks * num_rows && x.sums.len() == num_rows);
-    let panel = w.panel(panel);
-    match w.format {
-        PackedFormat::W8A8 => isa.run_dot(MultiplyBytes { panel, x, out }),
-        PackedFormat::W4A8 => isa.run_dot(MultiplyNibbles { panel, x, out }),
+    let at_once = if num_rows <= FEW_ROWS { MAX_PANELS } else { 1 };
+    for (panels, out) in panels.chunks(at_once).zip(out.chunks_mut(at_once)) {
+        match first.format {
+            PackedFormat::W8A8 => isa.run_dot(MultiplyBytes { panels, num_blocks, x, out }),
+            PackedFormat::W4A8 => isa.run_dot(MultiplyNibbles { panels, num_blocks, x, out }),
+        }
     }
 }
 
-/// A W4A8 panel times a tile.
+/// W4A8 panels times a tile.
 struct MultiplyNibbles<'a> {
-    panel: &'a [u8],
+    panels: &'a [Panel<'a>],
+    num_blocks: usize,
     x: Tile<'a>,
-    out: &'a mut Products,
+    out: &'a mut [Products],
 }
 
 impl DotOp for MultiplyNibbles<'_> {
@@ -42,28 +57,35 @@ impl DotOp for MultiplyNibbles<'_> {
 
     #[inline(always)]
     fn run<D: Dot>(self, dot: D) {
-        let out = &mut self.out.0[..self.x.scales.len()];
-        for out in &mut *out {
-            out.fill(0.0);
+        let num_rows = self.x.scales.len();
+        for out in &mut *self.out {
+            out.0[..num_rows].fill([0.0; PANEL_ROWS]);
         }
-        for (index, block) in self.panel.chunks_exact(W4_BLOCK_BYTES).enumerate() {
-            prefetch(dot, block);
-            // SAFETY: The block is whole, and `out` has a row for each row of the tile.
-            unsafe { dot.add_nibbles(block.as_ptr(), self.x.block(index), out.as_mut_ptr().cast()) };
+        for index in 0..self.num_blocks {
+            let x = self.x.block(index);
+            for (panel, out) in self.panels.iter().zip(&mut *self.out) {
+                let block = &panel.bytes[index * W4_BLOCK_BYTES..][..W4_BLOCK_BYTES];
+                prefetch(dot, block);
+                // SAFETY: The block is whole, and `out` has a row for each row of the tile.
+                unsafe { dot.add_nibbles(block.as_ptr(), x, out.0.as_mut_ptr().cast()) };
+            }
         }
-        for (out, &scale) in out.iter_mut().zip(self.x.scales) {
-            for out in out {
-                *out *= scale;
+        for out in self.out {
+            for (out, &scale) in out.0.iter_mut().zip(self.x.scales) {
+                for out in out {
+                    *out *= scale;
+                }
             }
         }
     }
 }
 
-/// A W8A8 panel times a tile.
+/// W8A8 panels times a tile.
 struct MultiplyBytes<'a> {
-    panel: &'a [u8],
+    panels: &'a [Panel<'a>],
+    num_blocks: usize,
     x: Tile<'a>,
-    out: &'a mut Products,
+    out: &'a mut [Products],
 }
 
 impl DotOp for MultiplyBytes<'_> {
@@ -71,23 +93,31 @@ impl DotOp for MultiplyBytes<'_> {
 
     #[inline(always)]
     fn run<D: Dot>(self, dot: D) {
-        let (weights, scales) = self.panel.split_at(self.panel.len() - W8_SCALE_BYTES);
-        let mut sums = Aligned([[0i32; PANEL_ROWS]; TILE_ROWS]);
-        let sums = &mut sums.0[..self.x.scales.len()];
-        for (sums, sum) in sums.iter_mut().zip(self.x.sums) {
-            // Weights are stored plus 128.
-            sums.fill(-128 * sum);
+        let num_rows = self.x.scales.len();
+        // The integer sums stand, as bits, where the products will.
+        for out in &mut *self.out {
+            for (out, sum) in out.0[..num_rows].iter_mut().zip(self.x.sums) {
+                // Weights are stored plus 128.
+                out.fill(f32::from_bits((-128 * sum) as u32));
+            }
         }
-        for (index, block) in weights.chunks_exact(BYTE_BYTES).enumerate() {
-            prefetch(dot, block);
-            // SAFETY: The block is whole, and there are sums for each row of the tile.
-            unsafe { dot.add_bytes(block.as_ptr(), self.x.block(index), sums.as_mut_ptr().cast()) };
+        for index in 0..self.num_blocks {
+            let x = self.x.block(index);
+            for (panel, out) in self.panels.iter().zip(&mut *self.out) {
+                let block = &panel.bytes[index * BYTE_BYTES..][..BYTE_BYTES];
+                prefetch(dot, block);
+                // SAFETY: The block is whole, and there are sums for each row of the tile.
+                unsafe { dot.add_bytes(block.as_ptr(), x, out.0.as_mut_ptr().cast()) };
+            }
         }
-        let weight_scales: [f32; PANEL_ROWS] =
-            std::array::from_fn(|n| f32::from_le_bytes(std::array::from_fn(|i| scales[4 * n + i])));
-        for (out, (sums, scale)) in self.out.0.iter_mut().zip(sums.iter().zip(self.x.scales)) {
-            for n in 0..PANEL_ROWS {
-                out[n] = sums[n] as f32 * weight_scales[n] * scale;
+        for (panel, out) in self.panels.iter().zip(self.out) {
+            let scales = &panel.bytes[self.num_blocks * BYTE_BYTES..];
+            let weight_scales: [f32; PANEL_ROWS] =
+                std::array::from_fn(|n| f32::from_le_bytes(std::array::from_fn(|i| scales[4 * n + i])));
+            for (out, scale) in out.0.iter_mut().zip(self.x.scales) {
+                for (out, weight_scale) in out.iter_mut().zip(&weight_scales) {
+                    *out = out.to_bits() as i32 as f32 * weight_scale * scale;
+                }
             }
         }
     }

@@ -2,8 +2,9 @@
 //!
 //! `vpmaddubsw` multiplies unsigned by signed bytes and adds pairs into i16, saturating. Sixteen products of at most
 //! 15 * 127, a whole block's share of a lane, fit; so weights of four bits are summed in i16 over a block, and those of
-//! eight bits are taken as a high and a low nibble. Sixteen registers cannot hold a block's weights and sums at once: the
-//! weights are unpacked into a buffer in L1, and a register tile of 4 rows by 16 weight rows goes over it.
+//! eight bits are taken as a high and a low nibble. Sixteen registers cannot hold a block's weights and sums at once: a
+//! register tile of up to 4 rows by 16 weight rows goes over them. For many rows the weights are unpacked once, into a
+//! buffer in L1; for few, each tile unpacks them on the way.
 
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
@@ -16,6 +17,8 @@ use super::{Aligned, BLOCK_LEN, BYTE_BYTES, BlockInputs, Dot, HALF_ROWS, NIBBLE_
 
 /// Rows of a register tile.
 const TILE_ROWS: usize = 4;
+/// Up to so many rows, weights are unpacked on the way.
+const FEW_ROWS: usize = 8;
 /// Weight rows of a register.
 const LANES: usize = 8;
 /// Registers that hold a run of a half.
@@ -45,6 +48,10 @@ impl Dot for Avx2 {
 
     #[inline(always)]
     unsafe fn add_nibbles(self, block: *const u8, x: BlockInputs, sums: *mut f32) {
+        if x.num_rows <= FEW_ROWS {
+            // SAFETY: The caller's promise.
+            return unsafe { self.add_nibbles_to_few(block, x, sums) };
+        }
         avx2!({
             let low = _mm256_set1_epi8(15);
             let mut nibbles = Nibbles::uninit();
@@ -65,11 +72,11 @@ impl Dot for Avx2 {
                 let w = unpacked.add(half * HALF_BYTES);
                 let mut row = 0;
                 while row < x.num_rows {
-                    let (x_rows, sums) = (x.from(row), sums.add(row * PANEL_ROWS + first));
-                    row += match x_rows.num_rows {
-                        TILE_ROWS.. => self.add_nibble_tile::<TILE_ROWS>(w, scales, x_rows, sums),
-                        2.. => self.add_nibble_tile::<2>(w, scales, x_rows, sums),
-                        _ => self.add_nibble_tile::<1>(w, scales, x_rows, sums),
+                    let (x, sums) = (x.from(row), sums.add(row * PANEL_ROWS + first));
+                    row += match x.num_rows {
+                        TILE_ROWS.. => self.finish(self.dots::<TILE_ROWS>(w, x.levels, 1), scales, x, sums),
+                        2.. => self.finish(self.dots::<2>(w, x.levels, 1), scales, x, sums),
+                        _ => self.finish(self.dots::<1>(w, x.levels, 1), scales, x, sums),
                     };
                 }
             }
@@ -78,6 +85,10 @@ impl Dot for Avx2 {
 
     #[inline(always)]
     unsafe fn add_bytes(self, block: *const u8, x: BlockInputs, sums: *mut i32) {
+        if x.num_rows <= FEW_ROWS {
+            // SAFETY: The caller's promise.
+            return unsafe { self.add_bytes_to_few(block, x, sums) };
+        }
         avx2!({
             let low = _mm256_set1_epi8(15);
             let mut parts = [Nibbles::uninit(); 2];
@@ -93,11 +104,11 @@ impl Dot for Avx2 {
                     let w = part.add(half * HALF_BYTES);
                     let mut row = 0;
                     while row < x.num_rows {
-                        let (x_rows, sums) = (x.from(row), sums.add(row * PANEL_ROWS + half * HALF_ROWS));
-                        row += match x_rows.num_rows {
-                            TILE_ROWS.. => self.add_byte_tile::<TILE_ROWS>(w, factor, x_rows, sums),
-                            2.. => self.add_byte_tile::<2>(w, factor, x_rows, sums),
-                            _ => self.add_byte_tile::<1>(w, factor, x_rows, sums),
+                        let (x, sums) = (x.from(row), sums.add(row * PANEL_ROWS + half * HALF_ROWS));
+                        row += match x.num_rows {
+                            TILE_ROWS.. => self.add(self.dots::<TILE_ROWS>(w, x.levels, factor), sums),
+                            2.. => self.add(self.dots::<2>(w, x.levels, factor), sums),
+                            _ => self.add(self.dots::<1>(w, x.levels, factor), sums),
                         };
                     }
                 }
@@ -125,20 +136,150 @@ impl BlockInputs {
 }
 
 impl Avx2 {
-    /// Add the products of `M` rows with half a W4A8 block; returns `M`.
+    /// As [`Dot::add_nibbles`], without a buffer.
     ///
     /// # Safety
     /// As for [`Dot::add_nibbles`].
     #[inline(always)]
-    unsafe fn add_nibble_tile<const M: usize>(
+    unsafe fn add_nibbles_to_few(self, block: *const u8, x: BlockInputs, sums: *mut f32) {
+        avx2!({
+            let scales = block.add(NIBBLE_BYTES).cast::<f16>();
+            for half in 0..2 {
+                let first = half * HALF_ROWS;
+                let scales = [self.load_f16(scales.add(first)), self.load_f16(scales.add(first + LANES))];
+                let w = block.add(half * NIBBLE_BYTES / 2);
+                let mut row = 0;
+                while row < x.num_rows {
+                    let (x, sums) = (x.from(row), sums.add(row * PANEL_ROWS + first));
+                    row += match x.num_rows {
+                        TILE_ROWS.. => self.finish(self.nibble_dots::<TILE_ROWS>(w, x.levels), scales, x, sums),
+                        2.. => self.finish(self.nibble_dots::<2>(w, x.levels), scales, x, sums),
+                        _ => self.finish(self.nibble_dots::<1>(w, x.levels), scales, x, sums),
+                    };
+                }
+            }
+        });
+    }
+
+    /// As [`Dot::add_bytes`], without a buffer.
+    ///
+    /// # Safety
+    /// As for [`Dot::add_bytes`].
+    #[inline(always)]
+    unsafe fn add_bytes_to_few(self, block: *const u8, x: BlockInputs, sums: *mut i32) {
+        avx2!({
+            for half in 0..2 {
+                let w = block.add(half * HALF_BYTES);
+                let mut row = 0;
+                while row < x.num_rows {
+                    let (x, sums) = (x.from(row), sums.add(row * PANEL_ROWS + half * HALF_ROWS));
+                    row += match x.num_rows {
+                        2.. => self.add(self.byte_dots::<2>(w, x.levels), sums),
+                        _ => self.add(self.byte_dots::<1>(w, x.levels), sums),
+                    };
+                }
+            }
+        });
+    }
+
+    /// `sum over k of w[n][k] * x[m][k]` for `M` rows and the weight rows of half a W4A8 block.
+    ///
+    /// # Safety
+    /// `NIBBLE_BYTES / 2` bytes are readable at `w`, and `M` rows at `x`.
+    #[inline(always)]
+    unsafe fn nibble_dots<const M: usize>(self, w: *const u8, x: *const i8) -> [[__m256i; HALF_REGISTERS]; M] {
+        avx2!({
+            let low = _mm256_set1_epi8(15);
+            let mut sums = [[_mm256_setzero_si256(); HALF_REGISTERS]; M];
+            for j in 0..NUM_RUNS / 2 {
+                let mut runs = [[low; HALF_REGISTERS]; 2];
+                for g in 0..HALF_REGISTERS {
+                    let both = _mm256_loadu_si256(w.add(j * RUN_STRIDE + g * 32).cast());
+                    runs[0][g] = _mm256_and_si256(both, low);
+                    runs[1][g] = _mm256_and_si256(_mm256_srli_epi16::<4>(both), low);
+                }
+                for m in 0..M {
+                    for part in 0..2 {
+                        let inputs = self.run_of_inputs(x, m, j + part * NUM_RUNS / 2);
+                        for g in 0..HALF_REGISTERS {
+                            let products = _mm256_maddubs_epi16(runs[part][g], inputs);
+                            sums[m][g] = _mm256_add_epi16(sums[m][g], products);
+                        }
+                    }
+                }
+                // As in `dots`.
+                compiler_fence(Ordering::SeqCst);
+            }
+            for m in 0..M {
+                for g in 0..HALF_REGISTERS {
+                    sums[m][g] = _mm256_madd_epi16(sums[m][g], _mm256_set1_epi16(1));
+                }
+            }
+            sums
+        })
+    }
+
+    /// `sum over k of w[n][k] * x[m][k]` for `M` rows and the weight rows of half a W8A8 block.
+    ///
+    /// # Safety
+    /// `HALF_BYTES` bytes are readable at `w`, and `M` rows at `x`.
+    #[inline(always)]
+    unsafe fn byte_dots<const M: usize>(self, w: *const u8, x: *const i8) -> [[__m256i; HALF_REGISTERS]; M] {
+        avx2!({
+            let low = _mm256_set1_epi8(15);
+            let mut sums = [[[_mm256_setzero_si256(); 2]; HALF_REGISTERS]; M];
+            for j in 0..NUM_RUNS {
+                let mut parts = [[low; 2]; HALF_REGISTERS];
+                for g in 0..HALF_REGISTERS {
+                    let bytes = _mm256_loadu_si256(w.add(j * RUN_STRIDE + g * 32).cast());
+                    parts[g] = [_mm256_and_si256(bytes, low), _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), low)];
+                }
+                for m in 0..M {
+                    let inputs = self.run_of_inputs(x, m, j);
+                    for g in 0..HALF_REGISTERS {
+                        for part in 0..2 {
+                            let products = _mm256_maddubs_epi16(parts[g][part], inputs);
+                            sums[m][g][part] = _mm256_add_epi16(sums[m][g][part], products);
+                        }
+                    }
+                }
+                // As in `dots`.
+                compiler_fence(Ordering::SeqCst);
+            }
+            let mut out = [[_mm256_setzero_si256(); HALF_REGISTERS]; M];
+            for m in 0..M {
+                for g in 0..HALF_REGISTERS {
+                    let [low, high] = sums[m][g];
+                    let low = _mm256_madd_epi16(low, _mm256_set1_epi16(1));
+                    out[m][g] = _mm256_add_epi32(low, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+                }
+            }
+            out
+        })
+    }
+
+    /// Inputs `4 * j..` of row `m`, in every lane.
+    ///
+    /// # Safety
+    /// The row is readable at `x + m * BLOCK_LEN`.
+    #[inline(always)]
+    unsafe fn run_of_inputs(self, x: *const i8, m: usize, j: usize) -> __m256i {
+        avx2!(_mm256_set1_epi32(x.add(m * BLOCK_LEN + 4 * j).cast::<i32>().read_unaligned()))
+    }
+
+    /// Add the scaled sums of `M` rows with half a W4A8 block; returns `M`.
+    ///
+    /// # Safety
+    /// As for [`Dot::add_nibbles`].
+    #[inline(always)]
+    unsafe fn finish<const M: usize>(
         self,
-        w: *const u8,
+        dots: [[__m256i; HALF_REGISTERS]; M],
         scales: [__m256; HALF_REGISTERS],
         x: BlockInputs,
         sums: *mut f32,
     ) -> usize {
         avx2!({
-            let dots = self.dots::<M>(w, x.levels, 1);
             for m in 0..M {
                 let correction = _mm256_set1_epi32(*x.corrections.add(m));
                 for g in 0..HALF_REGISTERS {
@@ -151,14 +292,13 @@ impl Avx2 {
         M
     }
 
-    /// Add `factor` times the products of `M` rows with the high or low nibbles of half a W8A8 block; returns `M`.
+    /// Add the sums of `M` rows with half a W8A8 block; returns `M`.
     ///
     /// # Safety
     /// As for [`Dot::add_bytes`].
     #[inline(always)]
-    unsafe fn add_byte_tile<const M: usize>(self, w: *const u8, factor: i16, x: BlockInputs, sums: *mut i32) -> usize {
+    unsafe fn add<const M: usize>(self, dots: [[__m256i; HALF_REGISTERS]; M], sums: *mut i32) -> usize {
         avx2!({
-            let dots = self.dots::<M>(w, x.levels, factor);
             for m in 0..M {
                 for g in 0..HALF_REGISTERS {
                     let place = sums.add(m * PANEL_ROWS + g * LANES).cast();
@@ -183,8 +323,7 @@ impl Avx2 {
                     run[g] = _mm256_load_si256(w.add(j * RUN_STRIDE + g * 32).cast());
                 }
                 for m in 0..M {
-                    let inputs = x.add(m * BLOCK_LEN + 4 * j).cast::<i32>().read_unaligned();
-                    let inputs = _mm256_set1_epi32(inputs);
+                    let inputs = self.run_of_inputs(x, m, j);
                     for g in 0..HALF_REGISTERS {
                         let products = _mm256_maddubs_epi16(run[g], inputs);
                         sums[m][g] = if j == 0 { products } else { _mm256_add_epi16(sums[m][g], products) };
