@@ -263,6 +263,3 @@ fn is_small_file(name: &str) -> bool {
     let prefixes = ["tokenizer", "chat_template", "LICENSE", "NOTICE"];
     NAMES.contains(&name) || prefixes.iter().any(|prefix| name.starts_with(prefix))
 }
-
-#[cfg(test)]
-mod tests;

@@ -2,7 +2,7 @@
 
 mod damage;
 mod error;
-
+mod evaluate;
 mod import;
 mod job;
 mod journal;
@@ -11,4 +11,5 @@ mod source;
 
 pub use damage::{Damage, RoleDamage, TensorDamage};
 pub use error::QuantizeError;
+pub use evaluate::{Comparison, Evaluation, Side};
 pub use job::Job;

@@ -29,7 +29,7 @@ pub(crate) const MAX_BATCHED_TOKENS: usize = 512;
 const MAX_RUNNING: usize = 64;
 
 /// Which model, and how it runs.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
     #[command(flatten)]
@@ -52,7 +52,7 @@ pub(crate) struct ModelArgs {
 }
 
 /// Where the checkpoint comes from.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 #[group(required = true, multiple = false)]
 struct ModelSource {
     /// Directory of the checkpoint: config.json, safetensors, tokenizer
@@ -196,6 +196,11 @@ impl ModelArgs {
     /// Threads to compute with.
     pub(crate) fn num_threads(&self) -> usize {
         self.threads.unwrap_or_else(available_threads)
+    }
+
+    /// The same for a checkpoint that runs as it is.
+    pub(crate) fn without_quantizing(&self) -> ModelArgs {
+        ModelArgs { quantize: None, ..self.clone() }
     }
 
     /// True if the checkpoint is to be made first.
