@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use moge_model::{
-    ActivationType, BLOCK_SIZE, Cpu, KvCache, Model, ModelConfig, StepLimits, TokenId, Tokenizer, Workspace,
+    ActivationType, BLOCK_SIZE, Cpu, KvCache, KvType, Model, ModelConfig, StepLimits, TokenId, Tokenizer, Workspace,
 };
 
 use crate::logprobs::row_logprobs;
@@ -13,8 +13,10 @@ use crate::{AdmitError, Request, Sampled, Scheduler, SchedulerConfig, SeqId, Seq
 /// How much an engine takes on at a time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineConfig {
-    /// Precision of activations and KV cache.
+    /// Precision of activations.
     pub activation: ActivationType,
+    /// How the KV cache stores its numbers.
+    pub kv: KvType,
     /// Blocks of the KV cache, of [`moge_model::BLOCK_SIZE`] tokens each.
     pub num_blocks: usize,
     /// Rows of a step, at least 1. A longer prompt is computed in several steps.
@@ -70,7 +72,7 @@ impl Engine {
     pub fn new(model: Model, cpu: Cpu, tokenizer: Option<Arc<Tokenizer>>, config: &EngineConfig) -> Engine {
         let limits = config.step_limits(model.config(), cpu.num_threads());
         Engine {
-            kv_cache: KvCache::new(model.config(), config.activation, config.num_blocks),
+            kv_cache: KvCache::new(model.config(), config.kv, config.num_blocks),
             workspace: Workspace::new(model.config(), config.activation, limits),
             scheduler: Scheduler::new(config.scheduler(model.config()), tokenizer),
             sampler: Sampler::default(),

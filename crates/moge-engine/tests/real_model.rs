@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use moge_engine::{Engine, EngineConfig, FinishReason, Request, RowLogprobs, SamplingParams, SeqId};
-use moge_model::{ActivationType, Cpu, Isa, LoadMode, Model, TokenId};
+use moge_model::{ActivationType, Cpu, Isa, KvType, LoadMode, Model, TokenId};
 use safetensors::SafeTensors;
 
 fn golden(case: &str) -> PathBuf {
@@ -22,6 +22,7 @@ fn engine(case: &str, num_threads: usize, max_batched_tokens: usize) -> Engine {
     let model = Model::load(&golden(case), LoadMode::Mmap, &|_, _| ()).unwrap();
     let config = EngineConfig {
         activation: ActivationType::F32,
+        kv: KvType::F32,
         num_blocks: 90,
         max_batched_tokens,
         max_running: 17,

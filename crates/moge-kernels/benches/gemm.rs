@@ -3,12 +3,11 @@
 //! `cargo bench -p moge-kernels --bench gemm [-- NUM_THREADS [ISA]]` prints, for every case, the median over some
 //! repetitions, each paired with a measurement of the ceiling just before it.
 
-use std::time::Instant;
+mod common;
 
+use common::{cpu_of_arguments, report, seconds};
 use half::bf16;
-use moge_kernels::{
-    Cpu, Elements, GroupedRows, Isa, Matrix, MemoryRead, available_threads, f32_flops_per_s, gemm, grouped_gemm,
-};
+use moge_kernels::{Elements, GroupedRows, Matrix, MemoryRead, f32_flops_per_s, gemm, grouped_gemm};
 
 /// Width of the model's residual stream.
 const HIDDEN: usize = 5120;
@@ -16,13 +15,10 @@ const HIDDEN: usize = 5120;
 const GEMV_COLS: usize = 8 * 2 * 1344;
 /// Output width of the products with many rows.
 const GEMM_COLS: usize = 2 * 1344;
-const NUM_REPETITIONS: usize = 9;
 
 fn main() {
-    let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
-    let num_threads = arguments.next().map_or(available_threads(), |text| text.parse().expect("NUM_THREADS"));
-    let isa = arguments.next().map_or(Isa::best(), |name| Isa::named(&name).expect("ISA"));
-    let cpu = Cpu::new(isa, num_threads);
+    let cpu = cpu_of_arguments();
+    let (isa, num_threads) = (cpu.isa(), cpu.num_threads());
     let memory = MemoryRead::new(&cpu);
 
     let numbers: Vec<f32> = (0..GEMV_COLS * HIDDEN).map(|i| ((i * 7919) % 1021) as f32 / 1021.0 - 0.5).collect();
@@ -62,24 +58,4 @@ fn main() {
             || f32_flops_per_s(&cpu),
         );
     }
-}
-
-/// Print the medians of what `measure` gives, of the ceiling and of their ratio.
-fn report(name: &str, unit: &str, mut measure: impl FnMut() -> f64, mut ceiling: impl FnMut() -> f64) {
-    measure();
-    let pairs: Vec<(f64, f64)> = (0..NUM_REPETITIONS).map(|_| (ceiling(), measure())).collect();
-    let median = |mut values: Vec<f64>| {
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
-    };
-    let found = median(pairs.iter().map(|pair| pair.1).collect()) / 1e9;
-    let best = median(pairs.iter().map(|pair| pair.0).collect()) / 1e9;
-    let share = median(pairs.iter().map(|pair| 100.0 * pair.1 / pair.0).collect());
-    println!("{name:40} {found:8.1} {unit:8} ceiling {best:8.1} ({share:.0} %)");
-}
-
-fn seconds(body: impl FnOnce()) -> f64 {
-    let start = Instant::now();
-    body();
-    start.elapsed().as_secs_f64()
 }

@@ -1,31 +1,30 @@
 //! Products with packed weights beside what the machine can do, at the sizes of a routed expert.
 //!
-//! `cargo bench -p moge-kernels --bench quant [-- NUM_THREADS [ISA [ROWS]]]` prints, for each format and number of rows per
+//! `cargo bench -p moge-kernels --bench quant [-- NUM_THREADS [ISA]]` prints, for each format and number of rows per
 //! expert, the median over some repetitions, each paired with a measurement of the ceiling just before it. Weights come
 //! from memory: there are more than any cache holds.
 
-use std::time::Instant;
+mod common;
 
+use common::{cpu_of_arguments, median, seconds};
 use moge_kernels::{
-    Cpu, ExpertsDown, GroupedRows, Int8Product, Isa, MemoryRead, PackedFormat, PackedMatrix, QuantizedRows,
-    available_threads, int8_ops_per_s, packed_experts_down, packed_swiglu,
+    Cpu, ExpertsDown, GroupedRows, Int8Product, MemoryRead, PackedFormat, PackedMatrix, QuantizedRows, int8_ops_per_s,
+    packed_experts_down, packed_swiglu,
 };
 
 const HIDDEN: usize = 5120;
 const INTER: usize = 1344;
 const NUM_EXPERTS: usize = 64;
 const NUM_REPETITIONS: usize = 7;
+/// Rows of each expert.
+const ROWS: [usize; 7] = [1, 2, 4, 8, 16, 64, 128];
 
 fn main() {
-    let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
-    let num_threads = arguments.next().map_or(available_threads(), |text| text.parse().expect("NUM_THREADS"));
-    let isa = arguments.next().map_or(Isa::best(), |name| Isa::named(&name).expect("ISA"));
-    let only_rows: Option<usize> = arguments.next().map(|text| text.parse().expect("ROWS"));
-    let cpu = Cpu::new(isa, num_threads);
+    let cpu = cpu_of_arguments();
     let memory = MemoryRead::new(&cpu);
     for (format, product) in [(PackedFormat::W4A8, Int8Product::U4xI8), (PackedFormat::W8A8, Int8Product::I8xI8)] {
         let weights = Weights::new(format);
-        for rows in [1, 2, 4, 8, 16, 64, 128].into_iter().filter(|&rows| only_rows.is_none_or(|only| only == rows)) {
+        for rows in ROWS {
             bench(&cpu, &memory, &weights, product, rows);
         }
     }
@@ -100,15 +99,4 @@ impl Weights {
     fn down(&self, expert: usize) -> PackedMatrix<'_> {
         self.weight(3 * expert + 2, HIDDEN, INTER)
     }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn seconds(body: impl FnOnce()) -> f64 {
-    let start = Instant::now();
-    body();
-    start.elapsed().as_secs_f64()
 }

@@ -28,9 +28,36 @@ pub(crate) fn exp<S: Simd>(simd: S, x: S::Vector) -> S::Vector {
     simd.mul(simd.mul(power, simd.pow2(half)), simd.pow2(simd.sub(n, half)))
 }
 
+/// `2^x` for `x` up to 0, within 1.5 units in the last place; exact at 0, 0 below -126.5, NaN for NaN.
+///
+/// `x = n + r` with a whole `n` and `|r| <= 1 / 2`; `2^r` is the Taylor polynomial of degree 7, as in [`exp`].
+#[inline(always)]
+pub(crate) fn exp2_up_to_0<S: Simd>(simd: S, x: S::Vector) -> S::Vector {
+    /// (ln 2)^k / k! from k = 7 down to 0.
+    const COEFFICIENTS: [f32; 8] = {
+        let mut coefficients = [1.0; 8];
+        let (mut k, mut coefficient) = (1, 1.0);
+        while k < 8 {
+            coefficient *= std::f64::consts::LN_2 / k as f64;
+            coefficients[7 - k] = coefficient as f32;
+            k += 1;
+        }
+        coefficients
+    };
+    // `x` comes second, so that NaN stays.
+    let x = simd.max(simd.splat(-127.0), x);
+    let n = simd.round(x);
+    let r = simd.sub(x, n);
+    let mut power = simd.splat(COEFFICIENTS[0]);
+    for coefficient in &COEFFICIENTS[1..] {
+        power = simd.mul_add(power, r, simd.splat(*coefficient));
+    }
+    simd.mul(power, simd.pow2(n))
+}
+
 #[cfg(all(test, not(loom)))]
 mod tests {
-    use super::exp;
+    use super::{exp, exp2_up_to_0};
     use crate::Isa;
     use crate::simd::{Simd, SimdOp, map};
 
@@ -50,6 +77,43 @@ mod tests {
                 #[inline(always)]
                 |x| exp(simd, x),
             );
+        }
+    }
+
+    struct Exp2InPlace<'a>(&'a mut [f32]);
+
+    impl SimdOp for Exp2InPlace<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            map(
+                simd,
+                self.0,
+                #[inline(always)]
+                |x| exp2_up_to_0(simd, x),
+            );
+        }
+    }
+
+    #[test]
+    fn exp2_up_to_0_is_within_its_bound_on_every_isa() {
+        let inputs: Vec<f32> = (0..400_001).map(|i| i as f32 * -0.000_316).collect();
+        for isa in Isa::available() {
+            let mut outputs = inputs.clone();
+            isa.run(Exp2InPlace(&mut outputs));
+            for (&x, &found) in inputs.iter().zip(&outputs) {
+                if x < -126.0 {
+                    assert!((0.0..=f32::MIN_POSITIVE).contains(&found), "{x}: {found}");
+                } else {
+                    let error = error_ulps(found, f64::from(x).exp2());
+                    assert!(error <= MAX_EXP_ERROR_ULPS, "{} at {x}: {error} units", isa.name());
+                }
+            }
+            let mut x = [0.0, -0.0, -127.0, -1e9, f32::NEG_INFINITY, f32::NAN];
+            isa.run(Exp2InPlace(&mut x));
+            assert_eq!(x[..5], [1.0, 1.0, 0.0, 0.0, 0.0]);
+            assert!(x[5].is_nan());
         }
     }
 

@@ -29,7 +29,10 @@ mod swiglu;
 #[cfg(all(test, not(loom)))]
 mod testing;
 
-pub use attention::{AttentionLimits, AttentionScratch, BlockId, PagedKv, SequenceRows, paged_attention};
+pub use attention::{
+    AttentionLimits, AttentionRows, AttentionScratch, BlockId, KvType, PagedKv, QkvParams, SequenceRows,
+    paged_attention, write_qkv,
+};
 pub use ceilings::{Int8Product, MemoryRead, f32_flops_per_s, int8_ops_per_s};
 pub use combine::combine;
 pub use cpu::{Cpu, available_threads};
@@ -43,5 +46,5 @@ pub use quant::{
     ExpertsDown, PACKED_LAYOUT_VERSION, PANEL_ROWS, PackError, PackedFormat, PackedMatrix, QUANT_BLOCK_LEN,
     QuantizedRows, pack_levels, pack_panel, packed_experts_down, packed_gemm, packed_swiglu,
 };
-pub use rope::{RopeAngles, RopeHead, RopeLayout, rope, rope_angles, rope_inverse_frequencies};
+pub use rope::{RopeAngles, RopeHead, RopeLayout, rope_angles, rope_inverse_frequencies};
 pub use softmax::softmax;

@@ -53,20 +53,25 @@ impl SimdOp for RmsNorm<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let mean = sum_of_squares(simd, self.x) / self.x.len() as f32;
-        let scale = simd.splat(1.0 / (mean + self.eps).sqrt());
-        let (x, weight) = (self.x, self.weight);
-        let mut i = 0;
-        while i + S::LANES <= x.len() {
-            let y = apply(simd, simd.load(&x[i..]), scale, simd.load(&weight[i..]), self.activation);
-            simd.store(&mut x[i..], y);
-            i += S::LANES;
-        }
-        if i < x.len() {
-            let (x_rest, weight_rest) = (simd.load_part(&x[i..], 0.0), simd.load_part(&weight[i..], 0.0));
-            let y = apply(simd, x_rest, scale, weight_rest, self.activation);
-            simd.store_part(&mut x[i..], y);
-        }
+        norm_row(simd, self.x, self.weight, self.eps, self.activation);
+    }
+}
+
+/// [`rms_norm`] of one row, in place.
+#[inline(always)]
+pub(crate) fn norm_row<S: Simd>(simd: S, x: &mut [f32], weight: &[f32], eps: f32, activation: ActivationType) {
+    let mean = sum_of_squares(simd, x) / x.len() as f32;
+    let scale = simd.splat(1.0 / (mean + eps).sqrt());
+    let mut i = 0;
+    while i + S::LANES <= x.len() {
+        let y = apply(simd, simd.load(&x[i..]), scale, simd.load(&weight[i..]), activation);
+        simd.store(&mut x[i..], y);
+        i += S::LANES;
+    }
+    if i < x.len() {
+        let (x_rest, weight_rest) = (simd.load_part(&x[i..], 0.0), simd.load_part(&weight[i..], 0.0));
+        let y = apply(simd, x_rest, scale, weight_rest, activation);
+        simd.store_part(&mut x[i..], y);
     }
 }
 

@@ -1,8 +1,7 @@
 //! Rotary position embedding (arXiv 2104.09864).
 
-use crate::cpu::Cpu;
 use crate::elements::ActivationType;
-use crate::simd::{Simd, SimdOp};
+use crate::simd::Simd;
 
 /// Which numbers of a head turn together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,84 +55,51 @@ pub fn rope_angles(cos: &mut [f32], sin: &mut [f32], positions: &[u32], inverse_
     }
 }
 
-/// Turn each pair `(a, b)` of every head to `(a cos - b sin, b cos + a sin)`, in place; then round every number of
-/// `x`, turned or not, if `activation` says so.
+/// Turn each pair `(a, b)` of one head to `(a cos - b sin, b cos + a sin)`, in place; then round every number of
+/// the head, turned or not, if `activation` says so.
 ///
-/// Shapes: `x` `[num_rows, num_heads * head_dim]`, `angles` `[num_rows, rotary_dim / 2]`.
-///
-/// # Panics
-/// If a length does not fit, or `rotary_dim` is odd, 0 or above `head_dim`.
-pub fn rope(cpu: &Cpu, x: &mut [f32], angles: RopeAngles<'_>, head: RopeHead, activation: ActivationType) {
-    let RopeHead { head_dim, rotary_dim, .. } = head;
-    let is_allowed = rotary_dim.is_multiple_of(2) && (2..=head_dim).contains(&rotary_dim);
-    assert!(is_allowed, "rotary_dim {rotary_dim} of head_dim {head_dim}");
-    assert_eq!(angles.cos.len(), angles.sin.len(), "cos and sin");
-    let half = rotary_dim / 2;
-    if x.is_empty() {
-        return;
-    }
-    let num_rows = angles.cos.len() / half;
-    assert!(num_rows > 0 && angles.cos.len() == num_rows * half, "{} cosines for pairs of {half}", angles.cos.len());
-    assert!(x.len().is_multiple_of(num_rows * head_dim), "{} numbers for {num_rows} rows", x.len());
-    let width = x.len() / num_rows;
-    let isa = cpu.isa();
-    cpu.for_each_rows(x, width, |rows, x| {
-        for (row, x) in rows.zip(x.chunks_exact_mut(width)) {
-            let (cos, sin) = (&angles.cos[row * half..(row + 1) * half], &angles.sin[row * half..(row + 1) * half]);
-            isa.run(RopeRow { x, cos, sin, head, activation });
-        }
-    });
-}
-
-struct RopeRow<'a> {
-    x: &'a mut [f32],
-    cos: &'a [f32],
-    sin: &'a [f32],
+/// Shapes: `x` `[head_dim]`, cosines and sines `[rotary_dim / 2]`. Plain loops: the compiler vectorises them.
+#[inline(always)]
+pub(crate) fn rope_head<S: Simd>(
+    simd: S,
+    x: &mut [f32],
+    [cos, sin]: [&[f32]; 2],
     head: RopeHead,
     activation: ActivationType,
-}
-
-impl SimdOp for RopeRow<'_> {
-    type Output = ();
-
-    /// Plain loops: the compiler vectorises them.
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let half = self.head.rotary_dim / 2;
-        let (cos, sin) = (&self.cos[..half], &self.sin[..half]);
-        for x in self.x.chunks_exact_mut(self.head.head_dim) {
-            let turning = &mut x[..2 * half];
-            match self.head.layout {
-                RopeLayout::RotateHalf => {
-                    let (a, b) = turning.split_at_mut(half);
-                    for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
-                        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-                    }
-                }
-                RopeLayout::Interleaved => {
-                    for ((pair, cos), sin) in turning.chunks_exact_mut(2).zip(cos).zip(sin) {
-                        let (a, b) = (pair[0], pair[1]);
-                        (pair[0], pair[1]) = (a * cos - b * sin, b * cos + a * sin);
-                    }
-                }
+) {
+    let half = head.rotary_dim / 2;
+    let (cos, sin) = (&cos[..half], &sin[..half]);
+    let turning = &mut x[..2 * half];
+    match head.layout {
+        RopeLayout::RotateHalf => {
+            let (a, b) = turning.split_at_mut(half);
+            for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
             }
         }
-        if self.activation == ActivationType::Bf16 {
-            crate::simd::map(
-                simd,
-                self.x,
-                #[inline(always)]
-                |x| simd.round_to_bf16(x),
-            );
+        RopeLayout::Interleaved => {
+            for ((pair, cos), sin) in turning.chunks_exact_mut(2).zip(cos).zip(sin) {
+                let (a, b) = (pair[0], pair[1]);
+                (pair[0], pair[1]) = (a * cos - b * sin, b * cos + a * sin);
+            }
         }
+    }
+    if activation == ActivationType::Bf16 {
+        crate::simd::map(
+            simd,
+            x,
+            #[inline(always)]
+            |x| simd.round_to_bf16(x),
+        );
     }
 }
 
 #[cfg(all(test, not(loom)))]
 mod tests {
-    use super::{RopeAngles, RopeHead, RopeLayout, rope, rope_angles, rope_inverse_frequencies};
-    use crate::testing::{Numbers, assert_close, every_cpu};
-    use crate::{ActivationType, round_to_bf16};
+    use super::{RopeHead, RopeLayout, rope_angles, rope_head, rope_inverse_frequencies};
+    use crate::simd::{Simd, SimdOp};
+    use crate::testing::{Numbers, assert_close};
+    use crate::{ActivationType, Isa, round_to_bf16};
 
     #[test]
     fn inverse_frequencies_fall_from_one_by_equal_factors() {
@@ -158,45 +124,55 @@ mod tests {
 
     #[test]
     fn rope_turns_each_pair_by_its_angle_on_every_isa_and_layout() {
-        for cpu in every_cpu() {
-            for (num_rows, num_heads, head_dim, rotary_dim) in
-                [(1, 1, 2, 2), (3, 5, 12, 8), (9, 7, 128, 64), (2, 3, 34, 34)]
-            {
+        for isa in Isa::available() {
+            for (head_dim, rotary_dim) in [(2, 2), (12, 8), (128, 64), (34, 34)] {
                 for layout in [RopeLayout::RotateHalf, RopeLayout::Interleaved] {
-                    check(&cpu, num_rows, num_heads, RopeHead { head_dim, rotary_dim, layout });
+                    check(isa, RopeHead { head_dim, rotary_dim, layout });
                 }
             }
         }
     }
 
-    fn check(cpu: &crate::Cpu, num_rows: usize, num_heads: usize, head: RopeHead) {
+    fn check(isa: Isa, head: RopeHead) {
         let half = head.rotary_dim / 2;
-        let before = Numbers::new(7).vec(num_rows * num_heads * head.head_dim);
-        let positions: Vec<u32> = (0..num_rows as u32).map(|row| 3 + 5 * row).collect();
-        let (mut cos, mut sin) = (vec![0.0; num_rows * half], vec![0.0; num_rows * half]);
-        rope_angles(&mut cos, &mut sin, &positions, &rope_inverse_frequencies(1000.0, head.rotary_dim));
+        let before = Numbers::new(7).vec(head.head_dim);
+        let (mut cos, mut sin) = (vec![0.0; half], vec![0.0; half]);
+        rope_angles(&mut cos, &mut sin, &[13], &rope_inverse_frequencies(1000.0, head.rotary_dim));
         let mut expected: Vec<f64> = before.iter().copied().map(f64::from).collect();
-        for row in 0..num_rows {
-            for head_index in 0..num_heads {
-                let start = (row * num_heads + head_index) * head.head_dim;
-                for i in 0..half {
-                    let (first, second) = match head.layout {
-                        RopeLayout::RotateHalf => (start + i, start + half + i),
-                        RopeLayout::Interleaved => (start + 2 * i, start + 2 * i + 1),
-                    };
-                    let (a, b) = (f64::from(before[first]), f64::from(before[second]));
-                    let (c, s) = (f64::from(cos[row * half + i]), f64::from(sin[row * half + i]));
-                    expected[first] = a * c - b * s;
-                    expected[second] = b * c + a * s;
-                }
-            }
+        for i in 0..half {
+            let (first, second) = match head.layout {
+                RopeLayout::RotateHalf => (i, half + i),
+                RopeLayout::Interleaved => (2 * i, 2 * i + 1),
+            };
+            let (a, b) = (f64::from(before[first]), f64::from(before[second]));
+            let (c, s) = (f64::from(cos[i]), f64::from(sin[i]));
+            expected[first] = a * c - b * s;
+            expected[second] = b * c + a * s;
         }
-        let angles = RopeAngles { cos: &cos, sin: &sin };
-        let mut x = before.clone();
-        rope(cpu, &mut x, angles, head, ActivationType::F32);
+        let turn = |activation| {
+            let mut x = before.clone();
+            isa.run(Turn { x: &mut x, angles: [&cos, &sin], head, activation });
+            x
+        };
+        let x = turn(ActivationType::F32);
         assert_close(&x, &expected, 1e-6, 2e-7);
-        let mut rounded = before;
-        rope(cpu, &mut rounded, angles, head, ActivationType::Bf16);
+        let rounded = turn(ActivationType::Bf16);
         assert!(rounded.iter().zip(&x).all(|(&rounded, &x)| rounded == round_to_bf16(x)));
+    }
+
+    struct Turn<'a> {
+        x: &'a mut [f32],
+        angles: [&'a [f32]; 2],
+        head: RopeHead,
+        activation: ActivationType,
+    }
+
+    impl SimdOp for Turn<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            rope_head(simd, self.x, self.angles, self.head, self.activation);
+        }
     }
 }

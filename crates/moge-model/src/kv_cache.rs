@@ -1,6 +1,9 @@
 //! Storage of keys and values for all layers; who gets which block is decided elsewhere.
 
-use moge_kernels::{ActivationType, Cpu, PagedKv, SequenceRows};
+use moge_kernels::{
+    ActivationType, AttentionLimits, AttentionScratch, Cpu, KvType, PagedKv, QkvParams, RopeAngles, RopeHead,
+    SequenceRows, write_qkv,
+};
 
 use crate::{BLOCK_SIZE, ModelConfig};
 
@@ -12,23 +15,39 @@ pub struct KvCache {
 
 impl KvCache {
     /// Room for `num_blocks` blocks. The system hands out the memory when it is first written.
-    pub fn new(config: &ModelConfig, activation: ActivationType, num_blocks: usize) -> KvCache {
-        let layer = |_| PagedKv::new(activation, num_blocks, BLOCK_SIZE, config.num_kv_heads, config.head_dim);
+    pub fn new(config: &ModelConfig, kv_type: KvType, num_blocks: usize) -> KvCache {
+        let layer = |_| PagedKv::new(kv_type, num_blocks, BLOCK_SIZE, config.num_kv_heads, config.head_dim);
         KvCache { layers: (0..config.num_layers).map(layer).collect() }
     }
 
     /// Store the same keys and values in every layer, for measuring a context that nobody computed. Shapes and panics are
-    /// those of [`PagedKv::write`].
-    pub fn write(&mut self, cpu: &Cpu, k: &[f32], v: &[f32], sequences: &[SequenceRows]) {
-        self.layers.iter_mut().for_each(|layer| layer.write(cpu, k, v, sequences));
+    /// those of [`write_qkv`] without norms and RoPE.
+    pub fn write(&mut self, cpu: &Cpu, config: &ModelConfig, [k, v]: [&mut [f32]; 2], sequences: &[SequenceRows]) {
+        let num_rows = sequences.iter().map(|sequence| sequence.num_rows).sum();
+        let mut scratch = AttentionScratch::new(AttentionLimits {
+            num_threads: cpu.num_threads(),
+            max_rows: num_rows,
+            max_context: sequences.iter().map(|s| s.first_position + s.num_rows).max().unwrap_or(0),
+            num_q_heads: config.num_q_heads,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+        });
+        let params = QkvParams {
+            norms: None,
+            eps: 0.0,
+            angles: RopeAngles { cos: &[], sin: &[] },
+            rope: RopeHead { head_dim: config.head_dim, rotary_dim: 0, layout: config.rope.layout },
+            activation: ActivationType::F32,
+        };
+        let mut q = vec![0.0; num_rows * config.q_size()];
+        for layer in &mut self.layers {
+            write_qkv(cpu, [&mut q, &mut *k, &mut *v], params, layer, sequences, &mut scratch);
+        }
     }
 
     /// Bytes of one block over all layers.
-    pub fn block_bytes(config: &ModelConfig, activation: ActivationType) -> u64 {
-        let number_bytes = match activation {
-            ActivationType::F32 => 4,
-            ActivationType::Bf16 => 2,
-        };
-        (2 * config.num_layers * BLOCK_SIZE * config.kv_size() * number_bytes) as u64
+    pub fn block_bytes(config: &ModelConfig, kv_type: KvType) -> u64 {
+        let layer_bytes = PagedKv::block_bytes(kv_type, BLOCK_SIZE, config.num_kv_heads, config.head_dim);
+        config.num_layers as u64 * layer_bytes
     }
 }

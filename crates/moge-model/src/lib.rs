@@ -33,7 +33,7 @@ pub use ids::{ExpertId, TokenId};
 pub use kv_cache::KvCache;
 pub use model::{LoadError, Model};
 pub use moge_kernels::{
-    ActivationType, BlockId, Cpu, Dtype, Isa, MAX_THREADS, PackedFormat, SequenceRows, available_threads,
+    ActivationType, BlockId, Cpu, Dtype, Isa, KvType, MAX_THREADS, PackedFormat, SequenceRows, available_threads,
 };
 pub use non_finite::{NonFinite, count_non_finite};
 pub use profile::{Operator, Profile};

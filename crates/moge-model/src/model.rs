@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use moge_kernels::{
-    ActivationType, Cpu, ExpertsDown, GroupedRows, PagedKv, QuantizedRows, RopeAngles, RopeHead, add, combine, embed,
-    gemm, grouped_gemm, grouped_swiglu, packed_experts_down, packed_gemm, packed_swiglu, paged_attention, rms_norm,
-    rms_norm_in_place, rope, rope_inverse_frequencies,
+    ActivationType, AttentionRows, Cpu, ExpertsDown, GroupedRows, PagedKv, QkvParams, QuantizedRows, RopeAngles,
+    RopeHead, add, combine, embed, gemm, grouped_gemm, grouped_swiglu, packed_experts_down, packed_gemm, packed_swiglu,
+    paged_attention, rms_norm, rms_norm_in_place, rope_inverse_frequencies, write_qkv,
 };
 use thiserror::Error;
 
@@ -136,16 +136,18 @@ impl Model {
         linear(cpu, k, input, &layer.k);
         linear(cpu, v, input, &layer.v);
         work.profile.mark(Operator::Qkv);
-        if let Some([q_norm, k_norm]) = &layer.qk_norms {
-            rms_norm_in_place(cpu, q, q_norm, eps, ActivationType::F32);
-            rms_norm_in_place(cpu, k, k_norm, eps, ActivationType::F32);
-        }
-        let angles = RopeAngles { cos: &work.cos, sin: &work.sin };
-        rope(cpu, q, angles, self.rope_head(), *activation);
-        rope(cpu, k, angles, self.rope_head(), *activation);
-        kv.write(cpu, k, v, &batch.sequences);
+        let params = QkvParams {
+            norms: layer.qk_norms.as_ref().map(|norms| norms.each_ref().map(|norm| &norm[..])),
+            eps,
+            angles: RopeAngles { cos: &work.cos, sin: &work.sin },
+            rope: self.rope_head(),
+            activation: *activation,
+        };
+        let scratch = &mut work.attention_scratch;
+        write_qkv(cpu, [q, k, v], params, kv, &batch.sequences, scratch);
         work.profile.mark(Operator::RopeAndKvWrite);
-        paged_attention(cpu, attention, q, kv, &batch.sequences, &mut work.attention_scratch);
+        let rows = AttentionRows { q, sequences: &batch.sequences, activation: *activation };
+        paged_attention(cpu, attention, rows, kv, scratch);
         work.profile.mark(Operator::Attention);
         linear(cpu, projected, Input::new(cpu, attention, quantized, &layer.o.weight), &layer.o);
         work.profile.mark(Operator::OutputProjection);

@@ -6,7 +6,7 @@ mod common;
 use common::Golden;
 use moge_model::synth::{SynthConfig, SynthMlp, write_checkpoint};
 use moge_model::{
-    ActivationType, Architecture, BLOCK_SIZE, Batch, BlockId, Cpu, Dtype, Isa, KvCache, Model, PackedFormat,
+    ActivationType, Architecture, BLOCK_SIZE, Batch, BlockId, Cpu, Dtype, Isa, KvCache, KvType, Model, PackedFormat,
     QuantScheme, SequenceRows, StepLimits, TokenId, Workspace,
 };
 
@@ -38,7 +38,7 @@ fn feeds(tokens: &[TokenId], num_others: usize, vocab_size: u32) -> Vec<Feed> {
 /// Logits of the first sequence at every position. In each step a sequence brings up to `chunk(step)` rows.
 fn run(
     model: &Model,
-    activation: ActivationType,
+    (activation, kv_type): (ActivationType, KvType),
     num_threads: usize,
     mut feeds: Vec<Feed>,
     chunk: impl Fn(usize) -> usize,
@@ -46,7 +46,7 @@ fn run(
     let cpu = Cpu::new(Isa::select().unwrap(), num_threads);
     let num_blocks = feeds.iter().map(|feed| feed.block_table.len()).sum();
     let max_rows = feeds.iter().map(|feed| feed.tokens.len()).sum();
-    let mut kv_cache = KvCache::new(model.config(), activation, num_blocks);
+    let mut kv_cache = KvCache::new(model.config(), kv_type, num_blocks);
     let limits = StepLimits { max_rows, max_logit_rows: max_rows, max_context: max_rows, num_threads };
     let mut work = Workspace::new(model.config(), activation, limits);
     for step in 0.. {
@@ -90,8 +90,12 @@ fn logits_do_not_depend_on_batch_chunks_or_threads() {
         let golden = Golden::load(case);
         let (model, tokens) = (&golden.model, golden.tokens("tokens"));
         let vocab_size = model.config().vocab_size as u32;
-        for activation in [ActivationType::F32, ActivationType::Bf16] {
-            let alone = run(model, activation, 1, feeds(&tokens, 0, vocab_size), |_| usize::MAX);
+        for precision in [
+            (ActivationType::F32, KvType::F32),
+            (ActivationType::Bf16, KvType::Bf16),
+            (ActivationType::Bf16, KvType::Int8),
+        ] {
+            let alone = run(model, precision, 1, feeds(&tokens, 0, vocab_size), |_| usize::MAX);
             assert_eq!(alone.len(), tokens.len() * model.config().vocab_size);
             let chunkings: [(&str, Chunking); 4] = [
                 ("whole", |_| usize::MAX),
@@ -102,8 +106,8 @@ fn logits_do_not_depend_on_batch_chunks_or_threads() {
             for (name, chunk) in chunkings {
                 for (num_threads, num_others) in [(1, 0), (2, 0), (3, 0), (1, 16), (2, 16), (3, 16)] {
                     let feeds = feeds(&tokens, num_others, vocab_size);
-                    let together = run(model, activation, num_threads, feeds, chunk);
-                    let what = format!("{case} {activation:?}, {name}, {num_threads} threads, {num_others} others");
+                    let together = run(model, precision, num_threads, feeds, chunk);
+                    let what = format!("{case} {precision:?}, {name}, {num_threads} threads, {num_others} others");
                     assert!(bits(&together) == bits(&alone), "{what}");
                 }
             }
@@ -143,7 +147,7 @@ fn quantised_weights_keep_to_the_same_rule_in_every_format() {
     for scheme in [w8a8, w4a8, mixed] {
         let cpu = Cpu::new(Isa::select().unwrap(), 2);
         let model = Model::load_quantizing(&path, &cpu, scheme, &|_, _| {}).unwrap();
-        for activation in [ActivationType::F32, ActivationType::Bf16] {
+        for activation in [(ActivationType::F32, KvType::F32), (ActivationType::Bf16, KvType::Int8)] {
             let alone = run(&model, activation, 1, feeds(&tokens, 0, 500), |_| usize::MAX);
             assert!(alone.iter().all(|x| x.is_finite()));
             let chunkings: [Chunking; 3] = [|_| 1, |_| 7, |step| [1, 13, 2, 33, 5][step % 5]];
@@ -163,10 +167,13 @@ fn a_context_of_several_attention_chunks_gives_the_same_bits_however_it_is_fed()
     let model = &golden.model;
     let vocab_size = model.config().vocab_size as u32;
     let tokens: Vec<TokenId> = (0..700).map(|t| TokenId(t * 7 % vocab_size)).collect();
-    let whole = run(model, ActivationType::F32, 1, feeds(&tokens, 0, vocab_size), |_| usize::MAX);
-    let chunked = run(model, ActivationType::F32, 2, feeds(&tokens, 3, vocab_size), |_| 67);
-    assert!(bits(&chunked) == bits(&whole), "prefill in chunks of 67");
-    let decoded =
-        run(model, ActivationType::F32, 3, feeds(&tokens, 0, vocab_size), |step| if step == 0 { 650 } else { 1 });
-    assert!(bits(&decoded) == bits(&whole), "the last 50 tokens one by one");
+    for kv_type in [KvType::F32, KvType::Bf16, KvType::Int8] {
+        let precision = (ActivationType::F32, kv_type);
+        let whole = run(model, precision, 1, feeds(&tokens, 0, vocab_size), |_| usize::MAX);
+        let chunked = run(model, precision, 2, feeds(&tokens, 3, vocab_size), |_| 67);
+        assert!(bits(&chunked) == bits(&whole), "{kv_type:?}: prefill in chunks of 67");
+        let feeds = feeds(&tokens, 0, vocab_size);
+        let decoded = run(model, precision, 3, feeds, |step| if step == 0 { 650 } else { 1 });
+        assert!(bits(&decoded) == bits(&whole), "{kv_type:?}: the last 50 tokens one by one");
+    }
 }

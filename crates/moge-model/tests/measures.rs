@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use common::Golden;
 use moge_model::{
-    ActivationType, Batch, BlockId, Cpu, ExpertId, Isa, KvCache, Model, Operator, SequenceRows, StepLimits, TokenId,
-    Workspace,
+    ActivationType, Batch, BlockId, Cpu, ExpertId, Isa, KvCache, KvType, Model, Operator, SequenceRows, StepLimits,
+    TokenId, Workspace,
 };
 
 /// Steps of five rows that continue a sequence.
@@ -24,7 +24,7 @@ impl Steps {
     fn new(model: &Model) -> Steps {
         let cpu = Cpu::new(Isa::select().unwrap(), 2);
         let limits = StepLimits { max_rows: 5, max_logit_rows: 5, max_context: 20, num_threads: cpu.num_threads() };
-        let kv_cache = KvCache::new(model.config(), ActivationType::F32, 1);
+        let kv_cache = KvCache::new(model.config(), KvType::F32, 1);
         Steps { cpu, kv_cache, work: Workspace::new(model.config(), ActivationType::F32, limits), num_tokens: 0 }
     }
 

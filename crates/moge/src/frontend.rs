@@ -12,7 +12,7 @@ use moge_engine::{Engine, EngineConfig, SamplingParams};
 use moge_model::synth::write_checkpoint;
 use moge_model::{
     ActivationType, Architecture, BLOCK_SIZE, ChatTemplate, Checkpoint, Cpu, Dtype, GenerationDefaults, Isa, KvCache,
-    LoadMode, MAX_THREADS, Model, ModelConfig, PackedFormat, QuantScheme, TokenId, Tokenizer, TokenizerError,
+    KvType, LoadMode, MAX_THREADS, Model, ModelConfig, PackedFormat, QuantScheme, TokenId, Tokenizer, TokenizerError,
     Workspace, available_threads, eos_token_ids, stored_bytes,
 };
 use tempfile::TempDir;
@@ -37,9 +37,12 @@ pub(crate) struct ModelArgs {
     /// Worker threads, at most 4096 [default: the processors this process may use]
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_THREADS as u64))]
     pub(crate) threads: Option<usize>,
-    /// Precision of activations and KV cache; auto takes bf16 for bf16 checkpoints, f32 for others
+    /// Precision of activations; auto takes bf16 for bf16 checkpoints, f32 for others
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) dtype: DtypeArg,
+    /// How the KV cache stores its numbers: int8 takes half of bf16; auto takes the precision of the activations
+    #[arg(long, value_enum, default_value = "auto")]
+    kv: KvArg,
     /// Quantise the weights in memory; `moge quantize` does it once and for all
     #[arg(long, value_enum, value_name = "SCHEME", conflicts_with_all = ["load", "allow_paging"])]
     pub(crate) quantize: Option<FormatArg>,
@@ -64,14 +67,14 @@ struct ModelSource {
     synthetic: Option<String>,
 }
 
-/// Precision of activations and KV cache.
+/// Precision of activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum DtypeArg {
     /// As the checkpoint says.
     Auto,
-    /// Activations and KV cache in f32; weights are widened as they are read.
+    /// Activations in f32; weights are widened as they are read.
     F32,
-    /// Activations rounded to bf16, KV cache in bf16, sums in f32.
+    /// Activations rounded to bf16, sums in f32.
     Bf16,
 }
 
@@ -92,6 +95,19 @@ impl FormatArg {
             FormatArg::W4a8 => PackedFormat::W4A8,
         }
     }
+}
+
+/// How the KV cache stores its numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvArg {
+    /// As the activations are.
+    Auto,
+    /// f32.
+    F32,
+    /// bf16.
+    Bf16,
+    /// int8 with a scale for each token and head.
+    Int8,
 }
 
 /// How the weights come into memory.
@@ -280,6 +296,16 @@ impl Frontend {
         Ok(ChatTemplate::load(&self.dir, self.config.architecture)?)
     }
 
+    /// How the KV cache stores its numbers.
+    pub(crate) fn kv_type(&self, args: &ModelArgs) -> KvType {
+        match args.kv {
+            KvArg::Auto => self.activation(args).into(),
+            KvArg::F32 => KvType::F32,
+            KvArg::Bf16 => KvType::Bf16,
+            KvArg::Int8 => KvType::Int8,
+        }
+    }
+
     /// The precision that `args` ask for.
     pub(crate) fn activation(&self, args: &ModelArgs) -> ActivationType {
         match (args.dtype, self.config.dtype) {
@@ -292,12 +318,13 @@ impl Frontend {
     /// Returns the engine and the time that loading took.
     pub(crate) fn load(&self, args: &ModelArgs, sequence_tokens: &[usize]) -> Result<(Engine, Duration)> {
         let start = Instant::now();
-        let activation = self.activation(args);
+        let (activation, kv) = (self.activation(args), self.kv_type(args));
         let tokenizer = self.tokenizer.as_ref().ok().cloned();
         let max_running = sequence_tokens.len().clamp(1, MAX_RUNNING);
         let total_tokens: usize = sequence_tokens.iter().sum();
         let mut config = EngineConfig {
             activation,
+            kv,
             num_blocks: sequence_tokens.iter().map(|tokens| tokens.div_ceil(BLOCK_SIZE)).sum::<usize>().max(1),
             max_batched_tokens: MAX_BATCHED_TOKENS.min(total_tokens).max(max_running),
             max_running,
@@ -307,7 +334,11 @@ impl Frontend {
         let longest = sequence_tokens.iter().max().map_or(1, |tokens| tokens.div_ceil(BLOCK_SIZE).max(1));
         self.fit_memory(args, &mut config, longest)?;
         let (model, cpu) = self.load_model(args)?;
-        tracing::info!("{} threads, {}, {activation:?} activations", cpu.num_threads(), cpu.isa().name());
+        tracing::info!(
+            "{} threads, {}, {activation:?} activations, {kv:?} KV cache",
+            cpu.num_threads(),
+            cpu.isa().name()
+        );
         Ok((Engine::new(model, cpu, tokenizer, &config), start.elapsed()))
     }
 
@@ -335,7 +366,7 @@ impl Frontend {
 
     /// Cut the KV cache to what memory allows, but not below `least_blocks`; refuses what will not fit even so.
     fn fit_memory(&self, args: &ModelArgs, config: &mut EngineConfig, least_blocks: usize) -> Result<()> {
-        let block_bytes = KvCache::block_bytes(&self.config, config.activation);
+        let block_bytes = KvCache::block_bytes(&self.config, config.kv);
         let kv_bytes = |blocks: usize| block_bytes.saturating_mul(blocks as u64);
         let limits = config.step_limits(&self.config, args.num_threads());
         let workspace_bytes = Workspace::bytes(&self.config, limits);

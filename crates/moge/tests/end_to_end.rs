@@ -99,6 +99,19 @@ fn generate_continues_tokens_as_pytorch_does() {
 }
 
 #[test]
+fn every_kind_of_kv_cache_goes_with_every_precision() {
+    for dtype in ["f32", "bf16"] {
+        for kv in ["auto", "f32", "bf16", "int8"] {
+            let args = ["generate", "-m", &golden("qwen3"), "--tokens", "5,6,7", "-n", "3", "--ignore-eos"];
+            let precision = ["--dtype", dtype, "--kv", kv, "--format", "json"];
+            let answer = json_of(moge(&[&args[..], &precision].concat()));
+            assert_eq!(answer["tokens"].as_array().unwrap().len(), 3, "{dtype} {kv}");
+        }
+    }
+    assert_refused(&["generate", "--synthetic", "tiny", "-p", "x", "--kv", "int4"], &["int4", "int8"]);
+}
+
+#[test]
 fn a_synthetic_model_needs_no_checkpoint() {
     let run = || stdout(moge(&["generate", "--synthetic", "tiny", "-p", "once", "-n", "5", "--ignore-eos"]));
     assert!(!run().trim().is_empty());

@@ -1,205 +1,227 @@
-//! Attention of one row over one chunk of keys, and the merging of chunks.
+//! Attention of a run of queries over one chunk of keys, and the merging of chunks.
 //!
-//! A *part* is what one query head makes of one chunk: the largest score, the sum of the scores' exponentials
-//! after taking it away, and the values weighted with them: `[2 + head_dim]` numbers. Every part is computed
-//! from nothing, and parts are merged in the order of the chunks, so it does not matter who computes which.
+//! A *part* is what one query makes of one chunk: the values weighted with the exponentials of its scores, after the
+//! largest score was taken away; the sum of the exponentials; the largest score: `[width + 2]` numbers. Every part is
+//! computed from nothing, and parts are merged in the order of the chunks, so it does not matter who computes which.
+//! Scores are in units of `ln 2`, because powers of two are cheaper.
 
 use std::ops::Range;
 
-use crate::exp::exp;
-use crate::gemm::tile::{TILE_COLS, dot_tile};
-use crate::simd::{MAX_LANES, Simd, SimdOp, Stored};
-use crate::softmax::exp_minus_max;
+use super::encode::{Attend, Queries};
+use super::numbers::{KvNumber, Product};
+use super::paged_kv::KvView;
+use crate::exp::exp2_up_to_0;
+use crate::simd::{MAX_LANES, Simd, SimdOp};
 
 /// Tokens of a chunk. Chunks sit at fixed positions: chunk `c` holds the tokens from `c * CHUNK_LEN`. The keys
-/// and values of one head, 128 wide in bf16, are 128 KiB, a share of L2.
+/// and values of one head, 128 wide in bf16, are 128 KiB, a share of L2; the integer sums of int8 fit 32 bits.
 pub(super) const CHUNK_LEN: usize = 256;
 
-/// Query heads that share loads of keys and values.
-const TILE_HEADS: usize = 3;
-/// Registers of one head's values that are summed at once.
-const TILE_REGISTERS: usize = 4;
+/// Queries of a tile: with two registers of keys or values each, 12 sums, two loads and a factor fill 16 registers.
+pub(super) const TILE_QUERIES: usize = 6;
 
-/// Numbers of a part: maximum, sum, weighted values.
-pub(super) fn part_len(head_dim: usize) -> usize {
-    2 + head_dim
+/// Numbers of a part.
+pub(super) fn part_len(width: usize) -> usize {
+    width + 2
 }
 
-/// Where a chunk's keys and values lie: the same offsets in both.
-pub(super) struct ChunkPlaces {
-    offsets: [usize; CHUNK_LEN],
+/// What becomes of a tile's scores.
+#[derive(Debug)]
+pub(super) struct Tile {
+    /// Scores, then their exponentials.
+    pub(super) scores: [[f32; CHUNK_LEN]; TILE_QUERIES],
+    /// For int8 values: the integers that multiply them.
+    pub(super) weights: [[i16; CHUNK_LEN]; TILE_QUERIES],
 }
 
-impl ChunkPlaces {
-    /// `offset(position)` for the positions of a chunk.
-    pub(super) fn new(positions: Range<usize>, offset: impl Fn(usize) -> usize) -> ChunkPlaces {
-        let mut offsets = [0; CHUNK_LEN];
-        for (place, position) in offsets.iter_mut().zip(positions) {
-            *place = offset(position);
-        }
-        ChunkPlaces { offsets }
+impl Tile {
+    fn new() -> Tile {
+        Tile { scores: [[0.0; CHUNK_LEN]; TILE_QUERIES], weights: [[0; CHUNK_LEN]; TILE_QUERIES] }
     }
 }
 
-/// The parts of all query heads of one KV head, for one row and the first `num_keys` keys of a chunk.
-pub(super) struct AttendChunk<'a, W> {
-    /// `[q_per_kv, head_dim]`.
-    pub(super) q: &'a [f32],
-    pub(super) keys: &'a [W],
-    pub(super) values: &'a [W],
-    pub(super) places: &'a ChunkPlaces,
-    /// At least one.
-    pub(super) num_keys: usize,
-    pub(super) head_dim: usize,
-    /// Scratch, `[q_per_kv, CHUNK_LEN]`.
-    pub(super) scores: &'a mut [f32],
-    /// `[q_per_kv, part_len]`.
-    pub(super) parts: &'a mut [f32],
+/// Scratch memory of one thread.
+#[derive(Debug)]
+pub(super) struct Worker {
+    pub(super) queries: Queries,
+    tile: Tile,
+    /// Parts of a tile.
+    parts: Vec<f32>,
 }
 
-impl<W: Stored> SimdOp for AttendChunk<'_, W> {
+impl Worker {
+    /// For runs of `max_queries` queries of `head_dim` numbers.
+    pub(super) fn new(max_queries: usize, width: usize) -> Worker {
+        Worker {
+            queries: Queries::new(max_queries, width),
+            tile: Tile::new(),
+            parts: vec![0.0; TILE_QUERIES * part_len(width)],
+        }
+    }
+
+    /// Bytes that [`Worker::new`] takes.
+    pub(super) fn bytes(max_queries: usize, width: usize) -> usize {
+        size_of::<Worker>() + Queries::bytes(max_queries, width) + 4 * TILE_QUERIES * part_len(width)
+    }
+}
+
+/// Ask for what a chunk begins with, and for what comes in pieces too small for the processor to foresee: the keys of
+/// the first block, and all scales.
+pub(super) struct PrefetchChunk<'a, T> {
+    pub(super) kv: KvView<'a, T>,
+    pub(super) heads: &'a [usize],
+}
+
+impl<T: KvNumber> SimdOp for PrefetchChunk<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        const LINE_BYTES: usize = 64;
+        let (head_len, block_size) = (self.kv.layout.head_len(), self.kv.layout.block_size);
+        let keys = &self.kv.keys[self.heads[0] * head_len..][..head_len];
+        for keys in keys.chunks(LINE_BYTES / size_of::<T>()) {
+            simd.prefetch(keys.as_ptr().cast());
+        }
+        for head in self.heads {
+            for scales in [self.kv.key_scales, self.kv.value_scales] {
+                let scales = scales.get(head * block_size..(head + 1) * block_size).unwrap_or_default();
+                for scales in scales.chunks(LINE_BYTES / size_of::<f32>()) {
+                    simd.prefetch(scales.as_ptr().cast());
+                }
+            }
+        }
+    }
+}
+
+/// Attend a run of rows, whose queries `worker` holds, to one chunk, and merge what comes out into `merged`.
+pub(super) struct AttendChunk<'a, T: KvNumber> {
+    pub(super) kv: KvView<'a, T>,
+    /// The heads of the chunk's blocks, as [`super::paged_kv::Layout::head_index`] counts them.
+    pub(super) heads: &'a [usize],
+    /// Position of the first row, and of the first key.
+    pub(super) position: usize,
+    pub(super) chunk_start: usize,
+    pub(super) num_rows: usize,
+    pub(super) q_per_kv: usize,
+    /// True if `merged` holds nothing yet.
+    pub(super) is_first: bool,
+    pub(super) worker: &'a mut Worker,
+    /// Merged parts of the run's queries.
+    pub(super) merged: &'a mut [f32],
+}
+
+impl<T: Attend> SimdOp for AttendChunk<'_, T> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        let num_heads = self.q.len() / self.head_dim;
-        assert!((1..=CHUNK_LEN).contains(&self.num_keys));
-        assert!(self.q.len() == num_heads * self.head_dim && self.scores.len() >= num_heads * CHUNK_LEN);
-        assert_eq!(self.parts.len(), num_heads * part_len(self.head_dim));
-        for &offset in &self.places.offsets[..self.num_keys] {
-            assert!(offset + self.head_dim <= self.keys.len() && offset + self.head_dim <= self.values.len());
-        }
-        let mut head = 0;
-        while head < num_heads {
-            // SAFETY: `head + M` heads exist; the lengths were checked above.
-            head += unsafe {
-                match num_heads - head {
-                    1 => self.attend_heads::<S, 1>(simd, head),
-                    2 => self.attend_heads::<S, 2>(simd, head),
-                    _ => self.attend_heads::<S, TILE_HEADS>(simd, head),
-                }
-            };
+        let num_queries = self.num_rows * self.q_per_kv;
+        // The queries of rows before the chunk come first.
+        let first = self.chunk_start.saturating_sub(self.position).min(self.num_rows) * self.q_per_kv;
+        self.check(first..num_queries);
+        let num_tiles = (num_queries - first).div_ceil(TILE_QUERIES);
+        for tile in 0..num_tiles {
+            let start = |tile| first + tile * (num_queries - first) / num_tiles;
+            // SAFETY: Each tile has at most `TILE_QUERIES` queries, and `check` looked at the lengths.
+            unsafe { self.attend_tile(simd, start(tile)..start(tile + 1)) };
         }
     }
 }
 
-impl<W: Stored> AttendChunk<'_, W> {
-    /// The parts of `M` heads from `head`; returns `M`.
+impl<T: Attend> AttendChunk<'_, T> {
+    /// How many keys of the chunk a query sees.
+    #[inline(always)]
+    fn num_keys(&self, query: usize) -> usize {
+        (self.position + query / self.q_per_kv + 1 - self.chunk_start).min(CHUNK_LEN)
+    }
+
+    #[inline(always)]
+    fn check(&self, queries: Range<usize>) {
+        let (layout, width) = (self.kv.layout, self.kv.layout.width());
+        self.worker.queries.check(queries.end, width);
+        assert!(self.worker.parts.len() >= TILE_QUERIES * part_len(width));
+        assert!(self.merged.len() >= queries.end * part_len(width));
+        assert!(queries.is_empty() || self.num_keys(queries.end - 1) <= self.heads.len() * layout.block_size);
+        for head in self.heads {
+            assert!((head + 1) * layout.head_len() <= self.kv.keys.len().min(self.kv.values.len()));
+        }
+    }
+
+    /// The parts of a tile of queries, merged.
     ///
     /// # Safety
-    /// There are `head + M` heads, and every length and offset fits.
+    /// At most [`TILE_QUERIES`] queries, within what [`AttendChunk::check`] looked at.
     #[inline(always)]
-    unsafe fn attend_heads<S: Simd, const M: usize>(&mut self, simd: S, head: usize) -> usize {
+    unsafe fn attend_tile<S: Simd>(&mut self, simd: S, queries: Range<usize>) {
+        let part_len = part_len(self.kv.layout.width());
         // SAFETY: The caller's promise.
-        unsafe { self.score_heads::<S, M>(simd, head) };
-        for head in head..head + M {
-            let scores = &mut self.scores[head * CHUNK_LEN..][..self.num_keys];
-            let (max, sum) = exp_minus_max(simd, scores);
-            let part = &mut self.parts[head * part_len(self.head_dim)..];
-            (part[0], part[1]) = (max, sum);
+        unsafe { self.score(simd, queries.clone()) };
+        let mut num_keys = [0; TILE_QUERIES];
+        for (m, query) in queries.clone().enumerate() {
+            num_keys[m] = self.num_keys(query);
         }
-        let head_dim = self.head_dim;
-        let mut first = 0;
-        // SAFETY: The caller's promise, and `first` stays within a head.
-        unsafe {
-            while first + TILE_REGISTERS * S::LANES <= head_dim {
-                self.weigh_values::<S, M, TILE_REGISTERS>(simd, head, first);
-                first += TILE_REGISTERS * S::LANES;
-            }
-            while first + S::LANES <= head_dim {
-                self.weigh_values::<S, M, 1>(simd, head, first);
-                first += S::LANES;
-            }
+        let num_keys = &num_keys[..queries.len()];
+        let Worker { tile, parts, .. } = &mut *self.worker;
+        let merged = &mut self.merged[queries.start * part_len..queries.end * part_len];
+        let parts = &mut parts[..merged.len()];
+        let out = if self.is_first { &mut *merged } else { &mut *parts };
+        // SAFETY: The caller's promise; the lengths of scores, weights and parts are those of a tile.
+        unsafe { T::weigh(simd, (self.kv, self.heads), num_keys, tile, out) };
+        if !self.is_first {
+            MergeParts { merged, next: parts, part_len }.run(simd);
         }
-        for head in head..head + M {
-            self.weigh_rest(head, first..head_dim);
-        }
-        M
     }
 
-    /// Scaled scores of `M` heads with every key.
+    /// Scaled scores of a tile of queries with every key that the last of them sees, and a few more.
     ///
     /// # Safety
-    /// As for [`Self::attend_heads`].
+    /// As for [`AttendChunk::attend_tile`].
     #[inline(always)]
-    unsafe fn score_heads<S: Simd, const M: usize>(&mut self, simd: S, head: usize) {
-        let scale = 1.0 / (self.head_dim as f32).sqrt();
-        let mut q = [self.q.as_ptr(); M];
-        for (m, q) in q.iter_mut().enumerate() {
-            *q = self.q[(head + m) * self.head_dim..].as_ptr();
-        }
-        for first_key in (0..self.num_keys).step_by(TILE_COLS) {
-            let mut keys = [self.keys.as_ptr(); TILE_COLS];
-            for (n, key) in keys.iter_mut().enumerate() {
-                // Past the last key it is used again; that score is not stored.
-                let offset = self.places.offsets[(first_key + n).min(self.num_keys - 1)];
-                *key = self.keys[offset..].as_ptr();
-            }
-            // SAFETY: `head_dim` numbers follow each of these offsets.
-            let tile = unsafe { dot_tile(simd, q, keys, self.head_dim) };
-            let num_keys = TILE_COLS.min(self.num_keys - first_key);
-            for m in 0..M {
-                let scores = &mut self.scores[(head + m) * CHUNK_LEN + first_key..][..num_keys];
-                for n in 0..num_keys {
-                    scores[n] = tile[m][n] * scale;
-                }
-            }
-        }
-    }
-
-    /// `R` registers of the weighted values of `M` heads, from number `first` of a head; keys in order.
-    ///
-    /// # Safety
-    /// As for [`Self::attend_heads`], and `first + R * LANES <= head_dim`.
-    #[inline(always)]
-    unsafe fn weigh_values<S: Simd, const M: usize, const R: usize>(&mut self, simd: S, head: usize, first: usize) {
-        let mut sums = [[simd.splat(0.0); R]; M];
-        let values = self.values.as_ptr();
-        let scores = self.scores[head * CHUNK_LEN..][..M * CHUNK_LEN].as_ptr();
-        for (key, offset) in self.places.offsets[..self.num_keys].iter().enumerate() {
-            let mut weights = [simd.splat(0.0); M];
-            for m in 0..M {
-                // SAFETY: `M * CHUNK_LEN` scores follow, and `key` is below `CHUNK_LEN`.
-                weights[m] = simd.splat(unsafe { *scores.add(m * CHUNK_LEN + key) });
-            }
-            for r in 0..R {
-                // SAFETY: `head_dim` numbers follow the offset, and these are among them.
-                let value = unsafe { W::load(simd, values.add(offset + first + r * S::LANES)) };
-                for m in 0..M {
-                    sums[m][r] = simd.mul_add(weights[m], value, sums[m][r]);
-                }
+    unsafe fn score<S: Simd>(&mut self, simd: S, queries: Range<usize>) {
+        let layout = self.kv.layout;
+        let (block_size, width) = (layout.block_size, layout.width());
+        let num_keys = self.num_keys(queries.end - 1);
+        let scores = self.worker.tile.scores.as_flattened_mut().as_mut_ptr();
+        for (index, &head) in self.heads[..num_keys.div_ceil(block_size)].iter().enumerate() {
+            let first_key = index * block_size;
+            // SAFETY: The caller's promise; a block is a multiple of two registers.
+            unsafe {
+                let keys = self.kv.keys.as_ptr().add(head * layout.head_len());
+                let next = match self.heads.get(index + 1) {
+                    Some(next) => self.kv.keys.as_ptr().add(next * layout.head_len()),
+                    None => self.kv.values.as_ptr().add(self.heads[0] * layout.head_len()),
+                };
+                let product = Product {
+                    x: keys,
+                    cols: block_size,
+                    num_cols: (num_keys - first_key).min(block_size).next_multiple_of(2 * S::LANES),
+                    num_rows: layout.head_dim.next_multiple_of(2),
+                    factors: T::queries(&self.worker.queries).as_ptr().add(queries.start * width),
+                    factor_stride: width,
+                    out: scores.add(first_key),
+                    out_stride: CHUNK_LEN,
+                    accumulate: false,
+                    next,
+                };
+                product.run(simd, queries.len());
             }
         }
-        let part_len = part_len(self.head_dim);
-        for m in 0..M {
-            let out = &mut self.parts[(head + m) * part_len + 2..][..self.head_dim];
-            for r in 0..R {
-                simd.store(&mut out[first + r * S::LANES..], sums[m][r]);
-            }
-        }
-    }
-
-    /// The numbers of a head that fill no register.
-    #[inline(always)]
-    fn weigh_rest(&mut self, head: usize, rest: Range<usize>) {
-        let scores = &self.scores[head * CHUNK_LEN..][..self.num_keys];
-        let out = &mut self.parts[head * part_len(self.head_dim) + 2..][..self.head_dim];
-        for i in rest {
-            out[i] = 0.0;
-            for (score, offset) in scores.iter().zip(&self.places.offsets) {
-                out[i] += score * self.values[offset + i].widen();
-            }
+        let Worker { tile, queries: all, .. } = &mut *self.worker;
+        let num_scores = num_keys.next_multiple_of(S::LANES);
+        for (scores, query) in tile.scores.iter_mut().zip(queries) {
+            T::finish_scores(simd, &mut scores[..num_scores], all, query, (self.kv, self.heads));
         }
     }
 }
 
-/// Merge `next` into `merged`: the parts of a run of query heads over one chunk more.
+/// Merge `next` into `merged`: the parts of a run of queries over one chunk more.
 pub(super) struct MergeParts<'a> {
-    /// `[num_heads, part_len]`.
+    /// `[num_queries, part_len]`.
     pub(super) merged: &'a mut [f32],
-    /// `[num_heads, part_len]`.
+    /// `[num_queries, part_len]`.
     pub(super) next: &'a [f32],
-    pub(super) head_dim: usize,
+    pub(super) part_len: usize,
 }
 
 impl SimdOp for MergeParts<'_> {
@@ -207,23 +229,23 @@ impl SimdOp for MergeParts<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let part_len = part_len(self.head_dim);
-        for (merged, next) in self.merged.chunks_exact_mut(part_len).zip(self.next.chunks_exact(part_len)) {
-            let max = merged[0].max(next[0]);
-            let merged_scale = exp_of(simd, merged[0] - max);
-            let next_scale = exp_of(simd, next[0] - max);
-            merged[0] = max;
-            for (merged, next) in merged[1..].iter_mut().zip(&next[1..]) {
+        let max_place = self.part_len - 1;
+        for (merged, next) in self.merged.chunks_exact_mut(self.part_len).zip(self.next.chunks_exact(self.part_len)) {
+            let max = merged[max_place].max(next[max_place]);
+            let merged_scale = exp2_of(simd, merged[max_place] - max);
+            let next_scale = exp2_of(simd, next[max_place] - max);
+            merged[max_place] = max;
+            for (merged, next) in merged[..max_place].iter_mut().zip(&next[..max_place]) {
                 *merged = *merged * merged_scale + next * next_scale;
             }
         }
     }
 }
 
-/// The exponential of one number.
+/// Two to the power of one number.
 #[inline(always)]
-fn exp_of<S: Simd>(simd: S, x: f32) -> f32 {
+fn exp2_of<S: Simd>(simd: S, x: f32) -> f32 {
     let mut lanes = [0.0; MAX_LANES];
-    simd.store(&mut lanes, exp(simd, simd.splat(x)));
+    simd.store(&mut lanes, exp2_up_to_0(simd, simd.splat(x)));
     lanes[0]
 }

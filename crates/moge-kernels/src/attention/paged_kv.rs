@@ -1,31 +1,82 @@
 //! Keys and values of one layer, in blocks.
 
 use half::bf16;
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::slice::HalfBitsSliceExt;
 
 use super::SequenceRows;
-use crate::cpu::{Cpu, SharedMut};
-use crate::elements::{ActivationType, Elements};
+use crate::elements::ActivationType;
+use crate::simd::MAX_LANES;
 
-/// Keys and values of one layer: each `[num_blocks, num_kv_heads, block_size, head_dim]`.
+/// Blocks are read by registers of keys, two at once, so their size is a multiple of this.
+pub(super) const MIN_BLOCK_SIZE: usize = 2 * MAX_LANES;
+
+/// How a KV cache stores its numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KvType {
+    /// f32.
+    F32,
+    /// bf16, rounded to nearest, ties to even.
+    Bf16,
+    /// int8 with one f32 scale for the key and one for the value of each token and head: `scale = max |x| / 127`, and
+    /// `x` becomes `x / scale` rounded to nearest, ties to even. So a number is off by half a scale at most.
+    Int8,
+}
+
+impl From<ActivationType> for KvType {
+    /// The precision of the activations.
+    fn from(activation: ActivationType) -> KvType {
+        match activation {
+            ActivationType::F32 => KvType::F32,
+            ActivationType::Bf16 => KvType::Bf16,
+        }
+    }
+}
+
+/// Keys and values of one layer.
+///
+/// Each head of each block is one run of memory: of keys `[head_dim, block_size]`, of values `[block_size, head_dim]`,
+/// with `head_dim` filled up to whole registers by zeros. bf16 and int8 numbers lie there in pairs along the first
+/// dimension.
 pub struct PagedKv {
-    store: Store,
-    layout: Layout,
+    pub(super) store: Store,
+    pub(super) layout: Layout,
+    /// The last write that touched each block: no two sequences may write to one block at once.
+    last_write: Vec<u64>,
+    num_writes: u64,
 }
 
 /// Where each head of each token is.
 #[derive(Clone, Copy, Debug)]
-struct Layout {
-    num_blocks: usize,
-    block_size: usize,
-    num_kv_heads: usize,
-    head_dim: usize,
+pub(super) struct Layout {
+    pub(super) num_blocks: usize,
+    pub(super) block_size: usize,
+    pub(super) num_kv_heads: usize,
+    pub(super) head_dim: usize,
+}
+
+/// Numbers of one type. Scales are there only for int8: `[num_blocks, num_kv_heads, block_size]`.
+pub(super) struct Numbers<T> {
+    pub(super) keys: Vec<T>,
+    pub(super) values: Vec<T>,
+    pub(super) key_scales: Vec<f32>,
+    pub(super) value_scales: Vec<f32>,
 }
 
 /// bf16 numbers are kept as bits, because zeroed integers cost nothing until they are touched.
-enum Store {
-    F32 { keys: Vec<f32>, values: Vec<f32> },
-    Bf16 { keys: Vec<u16>, values: Vec<u16> },
+pub(super) enum Store {
+    F32(Numbers<f32>),
+    Bf16(Numbers<u16>),
+    Int8(Numbers<i8>),
+}
+
+/// [`Numbers`] to read, with bf16 as such.
+#[derive(Clone, Copy)]
+pub(super) struct KvView<'a, T> {
+    pub(super) layout: Layout,
+    pub(super) keys: &'a [T],
+    pub(super) values: &'a [T],
+    pub(super) key_scales: &'a [f32],
+    pub(super) value_scales: &'a [f32],
 }
 
 impl std::fmt::Debug for PagedKv {
@@ -38,128 +89,102 @@ impl PagedKv {
     /// Room for `num_blocks` blocks of `block_size` tokens, all zero. The system supplies the memory when it is first written.
     ///
     /// # Panics
-    /// If a size is zero or their product does not fit `usize`.
-    pub fn new(
-        activation: ActivationType,
-        num_blocks: usize,
-        block_size: usize,
-        num_kv_heads: usize,
-        head_dim: usize,
-    ) -> PagedKv {
-        let sizes = [num_blocks, block_size, num_kv_heads, head_dim];
-        let len = sizes.iter().try_fold(1usize, |len, &size| len.checked_mul(size));
-        let len = len.filter(|&len| len > 0).unwrap_or_else(|| panic!("sizes of a KV cache: {sizes:?}"));
-        let store = match activation {
-            ActivationType::F32 => Store::F32 { keys: vec![0.0; len], values: vec![0.0; len] },
-            ActivationType::Bf16 => Store::Bf16 { keys: vec![0; len], values: vec![0; len] },
+    /// If a size is zero, their product does not fit `usize`, or `block_size` is not 32, 64, 128 or 256.
+    pub fn new(kv_type: KvType, num_blocks: usize, block_size: usize, num_kv_heads: usize, head_dim: usize) -> PagedKv {
+        assert!(
+            block_size.is_multiple_of(MIN_BLOCK_SIZE) && super::CHUNK_LEN.is_multiple_of(block_size),
+            "block_size {block_size} of a KV cache is not 32, 64, 128 or 256"
+        );
+        let layout = Layout { num_blocks, block_size, num_kv_heads, head_dim };
+        let num_tokens = [num_blocks, num_kv_heads, block_size].into_iter().try_fold(1usize, usize::checked_mul);
+        let len = num_tokens.and_then(|tokens| tokens.checked_mul(head_dim.checked_next_multiple_of(MAX_LANES)?));
+        let len = len.filter(|&len| len > 0).unwrap_or_else(|| panic!("sizes of a KV cache: {layout:?}"));
+        let num_scales = len / layout.width();
+        let store = match kv_type {
+            KvType::F32 => Store::F32(Numbers::new(len, 0)),
+            KvType::Bf16 => Store::Bf16(Numbers::new(len, 0)),
+            KvType::Int8 => Store::Int8(Numbers::new(len, num_scales)),
         };
-        PagedKv { store, layout: Layout { num_blocks, block_size, num_kv_heads, head_dim } }
+        PagedKv { store, layout, last_write: vec![0; num_blocks], num_writes: 0 }
     }
 
-    /// The precision of its numbers.
-    pub fn activation(&self) -> ActivationType {
+    /// Bytes of one block: what [`PagedKv::new`] takes for each.
+    pub fn block_bytes(kv_type: KvType, block_size: usize, num_kv_heads: usize, head_dim: usize) -> u64 {
+        let [block_size, num_kv_heads, width] =
+            [block_size, num_kv_heads, head_dim.next_multiple_of(MAX_LANES)].map(|size| size as u64);
+        let head_bytes = match kv_type {
+            KvType::F32 => 4 * width,
+            KvType::Bf16 => 2 * width,
+            KvType::Int8 => width + size_of::<f32>() as u64,
+        };
+        2 * block_size * num_kv_heads * head_bytes + size_of::<u64>() as u64
+    }
+
+    /// How its numbers are stored.
+    pub fn kv_type(&self) -> KvType {
         match self.store {
-            Store::F32 { .. } => ActivationType::F32,
-            Store::Bf16 { .. } => ActivationType::Bf16,
+            Store::F32(_) => KvType::F32,
+            Store::Bf16(_) => KvType::Bf16,
+            Store::Int8(_) => KvType::Int8,
         }
     }
 
-    /// Number of key/value heads.
-    pub fn num_kv_heads(&self) -> usize {
-        self.layout.num_kv_heads
-    }
-
-    /// Width of a head.
-    pub fn head_dim(&self) -> usize {
-        self.layout.head_dim
-    }
-
-    pub(super) fn keys(&self) -> Elements<'_> {
-        match &self.store {
-            Store::F32 { keys, .. } => Elements::F32(keys),
-            Store::Bf16 { keys, .. } => Elements::Bf16(keys.reinterpret_cast()),
-        }
-    }
-
-    pub(super) fn values(&self) -> Elements<'_> {
-        match &self.store {
-            Store::F32 { values, .. } => Elements::F32(values),
-            Store::Bf16 { values, .. } => Elements::Bf16(values.reinterpret_cast()),
-        }
-    }
-
-    /// Where the numbers of `kv_head` for the token at `position` begin, in keys and in values.
-    #[inline]
-    pub(super) fn offset(&self, sequence: &SequenceRows, kv_head: usize, position: usize) -> usize {
-        self.layout.offset(sequence, kv_head, position)
-    }
-
-    /// Check that every row of `sequences` has a place; returns the number of rows.
-    pub(super) fn check(&self, sequences: &[SequenceRows]) -> usize {
-        self.layout.check(sequences)
-    }
-
-    /// Store the keys and values of a step's rows, rounded to the cache's precision.
-    ///
-    /// Shapes: `k` and `v` `[num_rows, num_kv_heads * head_dim]`, where `num_rows` is the sum over `sequences`, whose
-    /// rows follow one another. If sequences share a block they write to, the later one's numbers stay.
-    ///
-    /// # Panics
-    /// If a length does not fit, a block table is too short, or a block is not below `num_blocks`.
-    pub fn write(&mut self, cpu: &Cpu, k: &[f32], v: &[f32], sequences: &[SequenceRows]) {
-        let layout = self.layout;
-        let num_rows = layout.check(sequences);
-        let width = layout.num_kv_heads * layout.head_dim;
-        assert_eq!(k.len(), num_rows * width, "keys of {num_rows} x {width}");
-        assert_eq!(v.len(), k.len(), "values and keys");
-        match &mut self.store {
-            Store::F32 { keys, values } => {
-                layout.write(cpu, keys, k, sequences, <[f32]>::copy_from_slice);
-                layout.write(cpu, values, v, sequences, <[f32]>::copy_from_slice);
-            }
-            Store::Bf16 { keys, values } => {
-                let convert = |place: &mut [bf16], x: &[f32]| place.convert_from_f32_slice(x);
-                layout.write(cpu, keys.reinterpret_cast_mut(), k, sequences, convert);
-                layout.write(cpu, values.reinterpret_cast_mut(), v, sequences, convert);
+    /// Check that the rows of `sequences` have places of their own, as for writing them.
+    pub(super) fn begin_write(&mut self, sequences: &[SequenceRows]) {
+        self.num_writes += 1;
+        let block_size = self.layout.block_size;
+        for sequence in sequences {
+            let end = sequence.first_position + sequence.num_rows;
+            for block in &sequence.block_table[sequence.first_position / block_size..end.div_ceil(block_size)] {
+                let last_write = &mut self.last_write[block.0 as usize];
+                assert!(*last_write != self.num_writes, "block {} is written to twice in one step", block.0);
+                *last_write = self.num_writes;
             }
         }
     }
 }
 
+impl<T: Copy + Default> Numbers<T> {
+    fn new(len: usize, num_scales: usize) -> Numbers<T> {
+        Numbers {
+            keys: vec![T::default(); len],
+            values: vec![T::default(); len],
+            key_scales: vec![0.0; num_scales],
+            value_scales: vec![0.0; num_scales],
+        }
+    }
+
+    pub(super) fn view(&self, layout: Layout) -> KvView<'_, T> {
+        let Numbers { keys, values, key_scales, value_scales } = self;
+        KvView { layout, keys, values, key_scales, value_scales }
+    }
+}
+
+impl<'a> KvView<'a, u16> {
+    pub(super) fn as_bf16(self) -> KvView<'a, bf16> {
+        let KvView { layout, keys, values, key_scales, value_scales } = self;
+        KvView { layout, keys: keys.reinterpret_cast(), values: values.reinterpret_cast(), key_scales, value_scales }
+    }
+}
+
 impl Layout {
-    #[inline]
-    fn offset(self, sequence: &SequenceRows, kv_head: usize, position: usize) -> usize {
-        let block = sequence.block_table[position / self.block_size].0 as usize;
-        let row = (block * self.num_kv_heads + kv_head) * self.block_size + position % self.block_size;
-        row * self.head_dim
+    /// Width of a head with the zeros behind it.
+    pub(super) fn width(self) -> usize {
+        self.head_dim.next_multiple_of(MAX_LANES)
     }
 
-    /// Write `x` to `store`. Threads take heads, whose places differ whatever the block tables say.
-    fn write<T: Send>(
-        self,
-        cpu: &Cpu,
-        store: &mut [T],
-        x: &[f32],
-        sequences: &[SequenceRows],
-        convert: impl Fn(&mut [T], &[f32]) + Sync,
-    ) {
-        let head_dim = self.head_dim;
-        let store = SharedMut::new(store);
-        cpu.for_each(self.num_kv_heads, |head| {
-            let mut rows = x.chunks_exact(self.num_kv_heads * head_dim);
-            for sequence in sequences {
-                let positions = sequence.first_position..sequence.first_position + sequence.num_rows;
-                for (position, x) in positions.zip(&mut rows) {
-                    let start = self.offset(sequence, head, position);
-                    // SAFETY: Places of different heads are disjoint, and one thread has all rows of a head.
-                    let place = unsafe { store.slice(start..start + head_dim) };
-                    convert(place, &x[head * head_dim..(head + 1) * head_dim]);
-                }
-            }
-        });
+    /// Numbers of one head of one block.
+    pub(super) fn head_len(self) -> usize {
+        self.block_size * self.width()
     }
 
-    fn check(self, sequences: &[SequenceRows]) -> usize {
+    /// Which run of memory has `kv_head` of the sequence's block `index`: it begins at this times [`Layout::head_len`].
+    pub(super) fn head_index(self, sequence: &SequenceRows, kv_head: usize, index: usize) -> usize {
+        sequence.block_table[index].0 as usize * self.num_kv_heads + kv_head
+    }
+
+    /// Check that every row of `sequences` has a place; returns the number of rows.
+    pub(super) fn check(self, sequences: &[SequenceRows]) -> usize {
         for sequence in sequences {
             let num_tokens = sequence.first_position + sequence.num_rows;
             assert!(sequence.num_rows > 0, "a sequence without rows");

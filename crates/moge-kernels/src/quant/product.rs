@@ -1,5 +1,6 @@
 //! Products with packed weights, spread over threads.
 
+use std::iter::StepBy;
 use std::ops::Range;
 
 use super::rows::{Tile, tiles};
@@ -79,12 +80,10 @@ pub fn packed_swiglu<'w>(
         let mut products = NO_PRODUCTS;
         for tile in tiles(rows) {
             let x = x.tile(tile.clone());
-            for first in panels.clone().step_by(MAX_PANELS / 2) {
-                let pairs = first..panels.end.min(first + MAX_PANELS / 2);
-                let both: [_; MAX_PANELS] =
-                    std::array::from_fn(|i| weights[i % 2].panel((first + i / 2).min(pairs.end - 1)));
-                multiply_panels(isa, &both[..2 * pairs.len()], x, &mut products);
-                for (panel, products) in pairs.zip(products.chunks_exact(2)) {
+            for some in side_by_side(panels.clone(), MAX_PANELS / 2) {
+                let pairs = some.clone().flat_map(|panel| weights.map(|weight| weight.panel(panel)));
+                multiply_panels(isa, pairs, x, &mut products);
+                for (panel, products) in some.zip(products.chunks_exact(2)) {
                     let cols = columns(panel, inter);
                     for (row, (gate, up)) in tile.clone().zip(products[0].0.iter().zip(&products[1].0)) {
                         // SAFETY: Parts are disjoint in expert, hence in rows, or in columns.
@@ -161,12 +160,17 @@ fn each_panel(
     products: &mut [Products; MAX_PANELS],
     mut body: impl FnMut(usize, &Products),
 ) {
-    for first in panels.clone().step_by(MAX_PANELS) {
-        let some = first..panels.end.min(first + MAX_PANELS);
-        let views: [_; MAX_PANELS] = std::array::from_fn(|i| weight.panel((first + i).min(some.end - 1)));
-        multiply_panels(isa, &views[..some.len()], x, products);
+    for some in side_by_side(panels, MAX_PANELS) {
+        multiply_panels(isa, some.clone().map(|panel| weight.panel(panel)), x, products);
         some.zip(&*products).for_each(|(panel, products)| body(panel, products));
     }
+}
+
+/// `panels` as sets of up to `num_streams` that are read at once. Each place of a set goes through consecutive panels
+/// from set to set, so that what is fetched ahead at the end of one is the beginning of the next.
+fn side_by_side(panels: Range<usize>, num_streams: usize) -> impl Iterator<Item = StepBy<Range<usize>>> {
+    let stream_len = panels.len().div_ceil(num_streams).max(1);
+    (0..stream_len.min(panels.len())).map(move |i| (panels.start + i..panels.end).step_by(stream_len))
 }
 
 /// The columns of an output of `num_cols` that a panel has.

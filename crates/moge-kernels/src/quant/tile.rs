@@ -23,11 +23,19 @@ pub(super) const MAX_PANELS: usize = 4;
 const FEW_ROWS: usize = 8;
 
 /// `out[p][r][n] = x[r] . w[n]` for the rows of `x` and the weight rows of each panel, scales applied. The panels
-/// are of one format.
-pub(super) fn multiply_panels(isa: Isa, panels: &[Panel<'_>], x: Tile<'_>, out: &mut [Products; MAX_PANELS]) {
-    let Some(first) = panels.first() else { return };
+/// are of one format, and at most [`MAX_PANELS`].
+pub(super) fn multiply_panels<'a>(
+    isa: Isa,
+    panels: impl Iterator<Item = Panel<'a>>,
+    x: Tile<'_>,
+    out: &mut [Products; MAX_PANELS],
+) {
+    let mut places = [None; MAX_PANELS];
+    let num_panels = panels.zip(&mut places).map(|(panel, place)| *place = Some(panel)).count();
+    let Some(first) = places[0] else { return };
+    let panels = &places.map(|place| place.unwrap_or(first))[..num_panels];
     let num_rows = x.scales.len();
-    assert!(panels.len() <= MAX_PANELS && num_rows <= TILE_ROWS);
+    assert!(num_rows <= TILE_ROWS);
     assert!(panels.iter().all(|panel| panel.format == first.format && panel.bytes.len() == first.bytes.len()));
     let num_blocks = match first.format {
         PackedFormat::W8A8 => (first.bytes.len() - W8_SCALE_BYTES) / BYTE_BYTES,

@@ -33,6 +33,10 @@ macro_rules! avx2 {
 impl Simd for Avx2 {
     type Vector = __m256;
 
+    type Ints = __m256i;
+
+    type Pairs = __m256i;
+
     const LANES: usize = 8;
 
     #[inline(always)]
@@ -121,6 +125,77 @@ impl Simd for Avx2 {
             let nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(a, a);
             let chosen = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan);
             _mm256_and_ps(chosen, _mm256_castsi256_ps(_mm256_set1_epi32(-0x1_0000)))
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_first(self, x: *const bf16) -> __m256 {
+        avx2!(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_loadu_si256(x.cast()))))
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_second(self, x: *const bf16) -> __m256 {
+        avx2!({
+            let pairs = _mm256_loadu_si256(x.cast());
+            _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-0x1_0000)))
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn load_i32(self, x: *const i32) -> __m256i {
+        avx2!(_mm256_loadu_si256(x.cast()))
+    }
+
+    #[inline(always)]
+    unsafe fn store_i32(self, out: *mut i32, v: __m256i) {
+        avx2!(_mm256_storeu_si256(out.cast(), v));
+    }
+
+    #[inline(always)]
+    fn zero_i32(self) -> __m256i {
+        avx2!(_mm256_setzero_si256())
+    }
+
+    #[inline(always)]
+    fn i32_to_f32(self, v: __m256i) -> __m256 {
+        avx2!(_mm256_cvtepi32_ps(v))
+    }
+
+    #[inline(always)]
+    unsafe fn store_i16(self, out: *mut i16, v: __m256) {
+        avx2!({
+            let ints = _mm256_cvtps_epi32(v);
+            let packed = _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256::<1>(ints));
+            _mm_storeu_si128(out.cast(), packed);
+        });
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8_pairs(self, x: *const i8) -> __m256i {
+        avx2!(_mm256_cvtepi8_epi16(_mm_loadu_si128(x.cast())))
+    }
+
+    #[inline(always)]
+    unsafe fn splat_pair(self, x: *const i16) -> __m256i {
+        avx2!(_mm256_set1_epi32(x.cast::<i32>().read_unaligned()))
+    }
+
+    #[inline(always)]
+    fn add_pair_products(self, a: __m256i, b: __m256i, sums: __m256i) -> __m256i {
+        avx2!(_mm256_add_epi32(sums, _mm256_madd_epi16(a, b)))
+    }
+
+    #[inline(always)]
+    fn prefetch(self, x: *const u8) {
+        avx2!(_mm_prefetch::<_MM_HINT_T0>(x.cast()));
+    }
+
+    #[inline(always)]
+    fn max_lane(self, v: __m256) -> f32 {
+        avx2!({
+            let v = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
         })
     }
 

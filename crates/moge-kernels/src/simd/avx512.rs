@@ -33,6 +33,10 @@ macro_rules! avx512 {
 impl Simd for Avx512 {
     type Vector = __m512;
 
+    type Ints = __m512i;
+
+    type Pairs = __m512i;
+
     const LANES: usize = 16;
 
     #[inline(always)]
@@ -122,6 +126,69 @@ impl Simd for Avx512 {
             let chosen = _mm512_mask_blend_epi32(nan, rounded, quiet);
             _mm512_castsi512_ps(_mm512_and_si512(chosen, _mm512_set1_epi32(-0x1_0000)))
         })
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_first(self, x: *const bf16) -> __m512 {
+        avx512!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_loadu_si512(x.cast()))))
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_second(self, x: *const bf16) -> __m512 {
+        avx512!({
+            let pairs = _mm512_loadu_si512(x.cast());
+            _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x1_0000)))
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn load_i32(self, x: *const i32) -> __m512i {
+        avx512!(_mm512_loadu_si512(x.cast()))
+    }
+
+    #[inline(always)]
+    unsafe fn store_i32(self, out: *mut i32, v: __m512i) {
+        avx512!(_mm512_storeu_si512(out.cast(), v));
+    }
+
+    #[inline(always)]
+    fn zero_i32(self) -> __m512i {
+        avx512!(_mm512_setzero_si512())
+    }
+
+    #[inline(always)]
+    fn i32_to_f32(self, v: __m512i) -> __m512 {
+        avx512!(_mm512_cvtepi32_ps(v))
+    }
+
+    #[inline(always)]
+    unsafe fn store_i16(self, out: *mut i16, v: __m512) {
+        avx512!(_mm256_storeu_si256(out.cast(), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v))));
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8_pairs(self, x: *const i8) -> __m512i {
+        avx512!(_mm512_cvtepi8_epi16(_mm256_loadu_si256(x.cast())))
+    }
+
+    #[inline(always)]
+    unsafe fn splat_pair(self, x: *const i16) -> __m512i {
+        avx512!(_mm512_set1_epi32(x.cast::<i32>().read_unaligned()))
+    }
+
+    #[inline(always)]
+    fn add_pair_products(self, a: __m512i, b: __m512i, sums: __m512i) -> __m512i {
+        avx512!(_mm512_add_epi32(sums, _mm512_madd_epi16(a, b)))
+    }
+
+    #[inline(always)]
+    fn prefetch(self, x: *const u8) {
+        avx512!(_mm_prefetch::<_MM_HINT_T0>(x.cast()));
+    }
+
+    #[inline(always)]
+    fn max_lane(self, v: __m512) -> f32 {
+        avx512!(_mm512_reduce_max_ps(v))
     }
 
     #[inline(always)]

@@ -42,6 +42,12 @@ pub(crate) trait Simd: Copy {
     /// A register of [`Simd::LANES`] f32 numbers.
     type Vector: Copy;
 
+    /// A register of [`Simd::LANES`] i32 numbers.
+    type Ints: Copy;
+
+    /// A register of `2 * LANES` i16 numbers: a pair to each lane.
+    type Pairs: Copy;
+
     /// f32 numbers in a register.
     const LANES: usize;
 
@@ -96,7 +102,8 @@ pub(crate) trait Simd: Copy {
     /// The nearest whole number, ties to even.
     fn round(self, a: Self::Vector) -> Self::Vector;
 
-    /// Two to the power of each lane. The lanes are whole numbers in -126..=127; others give unspecified numbers.
+    /// Two to the power of each lane. The lanes are whole numbers in -126..=127, or -127, which gives 0; others give
+    /// unspecified numbers.
     fn pow2(self, a: Self::Vector) -> Self::Vector;
 
     /// Each lane rounded to bf16 (nearest, ties to even); NaN stays NaN.
@@ -104,6 +111,63 @@ pub(crate) trait Simd: Copy {
 
     /// The sum over the lanes of each of four registers, each in the order of one fixed tree.
     fn sum4(self, v: [Self::Vector; 4]) -> [f32; 4];
+
+    /// Of `LANES` pairs at `x` the first numbers, widened.
+    ///
+    /// # Safety
+    /// `2 * LANES` numbers are readable at `x`.
+    unsafe fn load_bf16_first(self, x: *const bf16) -> Self::Vector;
+
+    /// Of `LANES` pairs at `x` the second numbers, widened.
+    ///
+    /// # Safety
+    /// `2 * LANES` numbers are readable at `x`.
+    unsafe fn load_bf16_second(self, x: *const bf16) -> Self::Vector;
+
+    /// Numbers at `x`.
+    ///
+    /// # Safety
+    /// [`Simd::LANES`] numbers are readable at `x`.
+    unsafe fn load_i32(self, x: *const i32) -> Self::Ints;
+
+    /// Write the lanes to `out`.
+    ///
+    /// # Safety
+    /// [`Simd::LANES`] numbers are writable at `out`.
+    unsafe fn store_i32(self, out: *mut i32, v: Self::Ints);
+
+    /// Zero in every lane.
+    fn zero_i32(self) -> Self::Ints;
+
+    /// Each lane as f32, rounded to nearest, ties to even.
+    fn i32_to_f32(self, v: Self::Ints) -> Self::Vector;
+
+    /// Write the lanes to `out`, rounded to nearest, ties to even. Beyond i16, and for NaN, they are unspecified numbers.
+    ///
+    /// # Safety
+    /// [`Simd::LANES`] numbers are writable at `out`.
+    unsafe fn store_i16(self, out: *mut i16, v: Self::Vector);
+
+    /// `LANES` pairs at `x`, widened.
+    ///
+    /// # Safety
+    /// `2 * LANES` numbers are readable at `x`.
+    unsafe fn load_i8_pairs(self, x: *const i8) -> Self::Pairs;
+
+    /// The pair at `x`, to every lane.
+    ///
+    /// # Safety
+    /// Two numbers are readable at `x`.
+    unsafe fn splat_pair(self, x: *const i16) -> Self::Pairs;
+
+    /// In every lane `sums` plus the first numbers' product plus the second numbers' product, wrapping.
+    fn add_pair_products(self, a: Self::Pairs, b: Self::Pairs, sums: Self::Ints) -> Self::Ints;
+
+    /// Ask for the cache line at `x`, which may be any address.
+    fn prefetch(self, x: *const u8);
+
+    /// The largest lane; an unspecified number if one is NaN.
+    fn max_lane(self, v: Self::Vector) -> f32;
 
     /// The sum over the lanes, in the same order as [`Simd::sum4`].
     #[inline(always)]
@@ -321,6 +385,61 @@ mod tests {
             for (sum, expected) in sums.iter().zip(expected) {
                 assert!((sum - expected).abs() < 1e-4, "{}: {sum} {expected}", isa.name());
             }
+        }
+    }
+
+    /// What the methods on pairs made of pairs of int8 and of bf16 numbers and one pair of int16.
+    struct PairMethods<'a> {
+        int8: &'a [i8; 2 * MAX_LANES],
+        halves: &'a [bf16; 2 * MAX_LANES],
+        factors: [i16; 2],
+    }
+
+    /// Of each lane: sum of products, that as f32, first and second of bf16, and the lane rounded to i16.
+    type PairLanes = ([i32; MAX_LANES], [[f32; MAX_LANES]; 3], [i16; MAX_LANES]);
+
+    impl SimdOp for PairMethods<'_> {
+        type Output = (usize, PairLanes, f32);
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) -> Self::Output {
+            let (mut sums, mut floats, mut rounded) = ([0; MAX_LANES], [[0.0; MAX_LANES]; 3], [0; MAX_LANES]);
+            // SAFETY: Every array holds MAX_LANES numbers or pairs.
+            let (v, first, second) = unsafe {
+                let (pairs, factors) = (simd.load_i8_pairs(self.int8.as_ptr()), simd.splat_pair(self.factors.as_ptr()));
+                let once = simd.add_pair_products(pairs, factors, simd.zero_i32());
+                simd.store_i32(sums.as_mut_ptr(), simd.add_pair_products(pairs, factors, once));
+                let v = simd.i32_to_f32(simd.load_i32(sums.as_ptr()));
+                simd.store_i16(rounded.as_mut_ptr(), simd.mul(v, simd.splat(0.5)));
+                (v, simd.load_bf16_first(self.halves.as_ptr()), simd.load_bf16_second(self.halves.as_ptr()))
+            };
+            for (out, v) in floats.iter_mut().zip([v, first, second]) {
+                simd.store(out, v);
+            }
+            simd.prefetch(self.int8.as_ptr().cast());
+            (S::LANES, (sums, floats, rounded), simd.max_lane(v))
+        }
+    }
+
+    #[test]
+    fn methods_on_pairs_agree_with_plain_arithmetic_on_every_isa() {
+        let int8: [i8; 2 * MAX_LANES] = std::array::from_fn(|i| (i as i32 * 37 % 255 - 127) as i8);
+        let halves: [bf16; 2 * MAX_LANES] = std::array::from_fn(|i| bf16::from_f32(i as f32 * 1.7 - 20.0));
+        let factors = [-127, 93];
+        for isa in Isa::available() {
+            let (num_lanes, (sums, floats, rounded), max) =
+                isa.run(PairMethods { int8: &int8, halves: &halves, factors });
+            let mut expected_max = f32::NEG_INFINITY;
+            for i in 0..num_lanes {
+                let product = |j: usize| i32::from(int8[2 * i + j]) * i32::from(factors[j]);
+                let sum = 2 * (product(0) + product(1));
+                assert_eq!(sums[i], sum, "{} lane {i}", isa.name());
+                let expected = [sum as f32, halves[2 * i].to_f32(), halves[2 * i + 1].to_f32()];
+                assert_eq!(floats.map(|lanes| lanes[i]), expected, "{} lane {i}", isa.name());
+                assert_eq!(i32::from(rounded[i]), sum / 2, "{} lane {i}", isa.name());
+                expected_max = expected_max.max(sum as f32);
+            }
+            assert_eq!(max, expected_max, "{}", isa.name());
         }
     }
 

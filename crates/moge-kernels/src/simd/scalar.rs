@@ -12,6 +12,10 @@ pub(crate) struct Scalar;
 impl Simd for Scalar {
     type Vector = f32;
 
+    type Ints = i32;
+
+    type Pairs = [i16; 2];
+
     const LANES: usize = 1;
 
     #[inline(always)]
@@ -93,6 +97,72 @@ impl Simd for Scalar {
     #[inline(always)]
     fn round_to_bf16(self, a: f32) -> f32 {
         round_to_bf16(a)
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_first(self, x: *const bf16) -> f32 {
+        // SAFETY: The caller's promise.
+        unsafe { (*x).widen() }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_second(self, x: *const bf16) -> f32 {
+        // SAFETY: The caller's promise.
+        unsafe { (*x.add(1)).widen() }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i32(self, x: *const i32) -> i32 {
+        // SAFETY: The caller's promise.
+        unsafe { *x }
+    }
+
+    #[inline(always)]
+    unsafe fn store_i32(self, out: *mut i32, v: i32) {
+        // SAFETY: The caller's promise.
+        unsafe { *out = v }
+    }
+
+    #[inline(always)]
+    fn zero_i32(self) -> i32 {
+        0
+    }
+
+    #[inline(always)]
+    fn i32_to_f32(self, v: i32) -> f32 {
+        v as f32
+    }
+
+    #[inline(always)]
+    unsafe fn store_i16(self, out: *mut i16, v: f32) {
+        // SAFETY: The caller's promise.
+        unsafe { *out = self.round(v) as i16 }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8_pairs(self, x: *const i8) -> [i16; 2] {
+        // SAFETY: The caller's promise.
+        unsafe { [i16::from(*x), i16::from(*x.add(1))] }
+    }
+
+    #[inline(always)]
+    unsafe fn splat_pair(self, x: *const i16) -> [i16; 2] {
+        // SAFETY: The caller's promise.
+        unsafe { [*x, *x.add(1)] }
+    }
+
+    #[inline(always)]
+    fn add_pair_products(self, a: [i16; 2], b: [i16; 2], sums: i32) -> i32 {
+        let [first, second] = [0, 1].map(|i| i32::from(a[i]) * i32::from(b[i]));
+        sums.wrapping_add(first.wrapping_add(second))
+    }
+
+    #[inline(always)]
+    fn prefetch(self, _: *const u8) {}
+
+    #[inline(always)]
+    fn max_lane(self, v: f32) -> f32 {
+        v
     }
 
     #[inline(always)]

@@ -4,8 +4,8 @@
 use std::path::Path;
 
 use moge_model::{
-    ActivationType, BLOCK_SIZE, Batch, BlockId, Cpu, Isa, KvCache, LoadMode, Model, SequenceRows, StepLimits, TokenId,
-    Trace, Workspace,
+    ActivationType, BLOCK_SIZE, Batch, BlockId, Cpu, Isa, KvCache, KvType, LoadMode, Model, SequenceRows, StepLimits,
+    TokenId, Trace, Workspace,
 };
 use safetensors::SafeTensors;
 
@@ -68,9 +68,14 @@ pub(crate) struct Run {
 
 /// All tokens in one step, logits wanted everywhere.
 pub(crate) fn run_whole(model: &Model, tokens: &[TokenId], activation: ActivationType) -> Run {
+    run_with_kv(model, tokens, activation, activation.into())
+}
+
+/// As [`run_whole`], with a KV cache of another type than the activations.
+pub(crate) fn run_with_kv(model: &Model, tokens: &[TokenId], activation: ActivationType, kv_type: KvType) -> Run {
     let cpu = Cpu::new(Isa::select().unwrap(), 2);
     let num_blocks = tokens.len().div_ceil(BLOCK_SIZE);
-    let mut kv_cache = KvCache::new(model.config(), activation, num_blocks);
+    let mut kv_cache = KvCache::new(model.config(), kv_type, num_blocks);
     let limits = StepLimits {
         max_rows: tokens.len(),
         max_logit_rows: tokens.len(),
@@ -97,7 +102,7 @@ pub(crate) fn run_whole(model: &Model, tokens: &[TokenId], activation: Activatio
 pub(crate) fn greedy(model: &Model, prompt: &[TokenId], num_tokens: usize) -> Vec<TokenId> {
     let cpu = Cpu::new(Isa::select().unwrap(), 1);
     let num_blocks = (prompt.len() + num_tokens).div_ceil(BLOCK_SIZE);
-    let mut kv_cache = KvCache::new(model.config(), ActivationType::F32, num_blocks);
+    let mut kv_cache = KvCache::new(model.config(), KvType::F32, num_blocks);
     let limits = StepLimits {
         max_rows: prompt.len(),
         max_logit_rows: 1,

@@ -13,9 +13,9 @@ use anyhow::Result;
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use moge_kernels::MemoryRead;
-use moge_model::{ActivationType, Cpu, Model, Workspace};
+use moge_model::{Cpu, KvType, Model, Workspace};
 
-use self::case::{Case, RandomTokens};
+use self::case::{Case, Numbers, RandomTokens};
 use self::measure::{Bench, Effort};
 use self::report::{Report, StartReport};
 use crate::frontend::{Frontend, ModelArgs};
@@ -92,17 +92,17 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         opened = Instant::now();
     }
     let cases = args.cases();
-    let activation = frontend.activation(&args.model);
-    check(args, &frontend, &cases, activation)?;
+    let numbers = Numbers { activation: frontend.activation(&args.model), kv: frontend.kv_type(&args.model) };
+    check(args, &frontend, &cases, numbers.kv)?;
     let (model, cpu) = frontend.load_model(&args.model)?;
-    let start = args.start.then(|| time_start(&model, &cpu, activation, opened));
-    let bench = Bench::new(&model, &cpu, activation);
+    let start = args.start.then(|| time_start(&model, &cpu, numbers, opened));
+    let bench = Bench::new(&model, &cpu, numbers);
     let is_table = args.format == Format::Table;
     let mut report = Report {
         model: frontend.dir.display().to_string(),
         weights: label(model.config().dtype),
-        activations: label(activation),
-        kv: label(activation),
+        activations: label(numbers.activation),
+        kv: label(numbers.kv),
         isa: cpu.isa().name(),
         threads: cpu.num_threads(),
         ceilings: bench.ceilings.report(),
@@ -129,19 +129,19 @@ fn label(name: impl Debug) -> String {
 }
 
 /// Compute the first token of a prompt. `opened` is when the first file was.
-fn time_start(model: &Model, cpu: &Cpu, activation: ActivationType, opened: Instant) -> StartReport {
+fn time_start(model: &Model, cpu: &Cpu, numbers: Numbers, opened: Instant) -> StartReport {
     let loaded = Instant::now();
     let config = model.config();
     let case = Case::Prefill { tokens: START_TOKENS.min(config.max_position_embeddings), prompts: 1 };
-    let mut kv_cache = case.kv_cache(cpu, config, activation);
-    let mut work = case.workspace(cpu, config, activation);
+    let mut kv_cache = case.kv_cache(cpu, config, numbers);
+    let mut work = case.workspace(cpu, config, numbers);
     let step = case.step(0, &mut RandomTokens::new(config.vocab_size));
     model.forward(cpu, &step, &mut kv_cache, &mut work);
     StartReport::new(case.tokens(), loaded - opened, loaded.elapsed())
 }
 
 /// Refuse before the weights are loaded what is too long or too large.
-fn check(args: &BenchArgs, frontend: &Frontend, cases: &[Case], kv: ActivationType) -> Result<()> {
+fn check(args: &BenchArgs, frontend: &Frontend, cases: &[Case], kv: KvType) -> Result<()> {
     let config = &frontend.config;
     cases.iter().try_for_each(|case| case.check(config))?;
     let num_threads = args.model.num_threads();

@@ -4,10 +4,18 @@ use std::fmt;
 
 use anyhow::{Result, ensure};
 use moge_model::{
-    ActivationType, BLOCK_SIZE, Batch, BlockId, Cpu, KvCache, ModelConfig, SequenceRows, StepLimits, TokenId, Workspace,
+    ActivationType, BLOCK_SIZE, Batch, BlockId, Cpu, KvCache, KvType, ModelConfig, SequenceRows, StepLimits, TokenId,
+    Workspace,
 };
 
 use crate::frontend::MAX_BATCHED_TOKENS;
+
+/// How activations and KV cache are stored.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Numbers {
+    pub(crate) activation: ActivationType,
+    pub(crate) kv: KvType,
+}
 
 /// One thing to measure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +68,7 @@ impl Case {
     }
 
     /// Bytes of keys and values.
-    pub(crate) fn kv_bytes(self, config: &ModelConfig, kv: ActivationType) -> u64 {
+    pub(crate) fn kv_bytes(self, config: &ModelConfig, kv: KvType) -> u64 {
         KvCache::block_bytes(config, kv).saturating_mul(self.num_blocks() as u64)
     }
 
@@ -80,27 +88,27 @@ impl Case {
 
     /// A KV cache for its sequences. The context holds random numbers: blocks that were never written would all be one
     /// page of zeros, which costs nothing to read.
-    pub(crate) fn kv_cache(self, cpu: &Cpu, config: &ModelConfig, kv: ActivationType) -> KvCache {
-        let mut kv_cache = KvCache::new(config, kv, self.num_blocks());
+    pub(crate) fn kv_cache(self, cpu: &Cpu, config: &ModelConfig, numbers: Numbers) -> KvCache {
+        let mut kv_cache = KvCache::new(config, numbers.kv, self.num_blocks());
         let width = config.kv_size();
         let mut random = Random(0);
         let mut rows = || -> Vec<f32> { (0..BLOCK_SIZE * width).map(|_| random.next_unit()).collect() };
-        let (k, v) = (rows(), rows());
+        let (mut k, mut v) = (rows(), rows());
         for sequence in 0..self.batch() {
             let mut rows = SequenceRows { num_rows: 0, first_position: 0, block_table: self.block_table(sequence) };
             for first_position in (0..self.context()).step_by(BLOCK_SIZE) {
                 rows.first_position = first_position;
                 rows.num_rows = BLOCK_SIZE.min(self.context() - first_position);
                 let len = rows.num_rows * width;
-                kv_cache.write(cpu, &k[..len], &v[..len], std::slice::from_ref(&rows));
+                kv_cache.write(cpu, config, [&mut k[..len], &mut v[..len]], std::slice::from_ref(&rows));
             }
         }
         kv_cache
     }
 
     /// Scratch memory for its steps.
-    pub(crate) fn workspace(self, cpu: &Cpu, config: &ModelConfig, activation: ActivationType) -> Workspace {
-        Workspace::new(config, activation, self.limits(cpu.num_threads()))
+    pub(crate) fn workspace(self, cpu: &Cpu, config: &ModelConfig, numbers: Numbers) -> Workspace {
+        Workspace::new(config, numbers.activation, self.limits(cpu.num_threads()))
     }
 
     /// Steps of one repetition.

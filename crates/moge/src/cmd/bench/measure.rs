@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
-use moge_model::{ActivationType, BLOCK_SIZE, Batch, Cpu, KvCache, Model, WeightBytes, Workspace};
+use moge_model::{BLOCK_SIZE, Batch, Cpu, KvCache, Model, WeightBytes, Workspace};
 
-use super::case::{Case, RandomTokens};
+use super::case::{Case, Numbers, RandomTokens};
 use super::ceilings::{Ceiling, Ceilings};
 use super::report::{CaseReport, Repetition};
 use super::work::{step_bytes, step_ops};
@@ -14,7 +14,7 @@ use crate::progress;
 pub(crate) struct Bench<'a> {
     model: &'a Model,
     cpu: &'a Cpu,
-    activation: ActivationType,
+    numbers: Numbers,
     weights: WeightBytes,
     pub(crate) ceilings: Ceilings<'a>,
 }
@@ -34,9 +34,9 @@ struct Memory {
 }
 
 impl<'a> Bench<'a> {
-    /// `activation` is that of the KV cache, too.
-    pub(crate) fn new(model: &'a Model, cpu: &'a Cpu, activation: ActivationType) -> Bench<'a> {
-        Bench { model, cpu, activation, weights: model.weight_bytes(), ceilings: Ceilings::new(cpu, model.config()) }
+    /// What is needed to measure cases of `model`.
+    pub(crate) fn new(model: &'a Model, cpu: &'a Cpu, numbers: Numbers) -> Bench<'a> {
+        Bench { model, cpu, numbers, weights: model.weight_bytes(), ceilings: Ceilings::new(cpu, model.config()) }
     }
 
     /// Run a case again and again.
@@ -46,8 +46,8 @@ impl<'a> Bench<'a> {
         let config = self.model.config();
         let mut memory = Memory {
             tokens: RandomTokens::new(config.vocab_size),
-            kv_cache: case.kv_cache(self.cpu, config, self.activation),
-            work: case.workspace(self.cpu, config, self.activation),
+            kv_cache: case.kv_cache(self.cpu, config, self.numbers),
+            work: case.workspace(self.cpu, config, self.numbers),
         };
         // The first step is slower than others: it touches memory that nobody has touched.
         self.step(&case.step(0, &mut memory.tokens), &mut memory);
@@ -81,7 +81,7 @@ impl<'a> Bench<'a> {
     /// All steps of a case, once; the ceiling is left open.
     fn repeat(&self, case: Case, memory: &mut Memory) -> Repetition {
         let config = self.model.config();
-        let kv_token_bytes = KvCache::block_bytes(config, self.activation) / BLOCK_SIZE as u64;
+        let kv_token_bytes = KvCache::block_bytes(config, self.numbers.kv) / BLOCK_SIZE as u64;
         let mut repetition = Repetition::default();
         for index in 0..case.num_steps() {
             let batch = case.step(index, &mut memory.tokens);
