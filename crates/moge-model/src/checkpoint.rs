@@ -42,10 +42,12 @@ pub enum CheckpointError {
         source: std::io::Error,
     },
     /// Neither `model.safetensors.index.json` nor `model.safetensors` is there.
-    #[error("{dir}: no model.safetensors.index.json and no model.safetensors")]
+    #[error("{dir}: no model.safetensors.index.json and no model.safetensors{advice}")]
     NoWeights {
         /// The checkpoint's directory.
         dir: String,
+        /// What can be done about it, or nothing.
+        advice: &'static str,
     },
     /// A safetensors header is wrong: its length, its JSON, its offsets.
     #[error("{file}: not a valid safetensors file ({file_bytes} bytes): {problem}")]
@@ -395,7 +397,10 @@ fn list_files(dir: &Path) -> Result<Files, CheckpointError> {
         return read_index(&index);
     }
     if !files::is_there(&dir.join(SINGLE_SHARD_NAME)) {
-        return Err(CheckpointError::NoWeights { dir: dir.display().to_string() });
+        let mut entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+        let is_int8 = entries.any(|entry| entry.file_name().to_string_lossy().starts_with("quant_model_weight"));
+        let advice = if is_int8 { "; `moge quantize` makes what is there one that runs" } else { "" };
+        return Err(CheckpointError::NoWeights { dir: dir.display().to_string(), advice });
     }
     Ok(BTreeMap::from([(SINGLE_SHARD_NAME.to_owned(), None)]))
 }

@@ -1,6 +1,6 @@
 //! What a model makes of a text, and how far that is from what another one makes of it.
 
-use moge_kernels::{ActivationType, Cpu};
+use moge_kernels::{ActivationType, Cpu, KvType};
 use moge_model::{
     BLOCK_SIZE, Batch, BlockId, KvCache, MlpConfig, Model, ModelConfig, Route, SequenceRows, StepLimits, TokenId,
     Workspace,
@@ -47,16 +47,16 @@ pub struct Comparison {
 
 impl Side {
     /// `model`, to read up to `context` tokens at a time.
-    pub fn new(model: Model, cpu: &Cpu, activation: ActivationType, context: usize) -> Side {
-        let kv_cache = KvCache::new(model.config(), activation, context.div_ceil(BLOCK_SIZE));
+    pub fn new(model: Model, cpu: &Cpu, activation: ActivationType, kv: KvType, context: usize) -> Side {
+        let kv_cache = KvCache::new(model.config(), kv, context.div_ceil(BLOCK_SIZE));
         let mut work = Workspace::new(model.config(), activation, limits(context, cpu.num_threads()));
         work.record_trace();
         Side { model, kv_cache, work }
     }
 
     /// Bytes that [`Side::new`] needs beside the weights: of the KV cache, and of a step.
-    pub fn bytes(config: &ModelConfig, activation: ActivationType, context: usize, num_threads: usize) -> (u64, u64) {
-        let kv_bytes = KvCache::block_bytes(config, activation).saturating_mul(context.div_ceil(BLOCK_SIZE) as u64);
+    pub fn bytes(config: &ModelConfig, kv: KvType, context: usize, num_threads: usize) -> (u64, u64) {
+        let kv_bytes = KvCache::block_bytes(config, kv).saturating_mul(context.div_ceil(BLOCK_SIZE) as u64);
         (kv_bytes, Workspace::bytes(config, limits(context, num_threads)))
     }
 
@@ -99,7 +99,8 @@ impl Evaluation {
         cpu: &Cpu,
         side: &mut Side,
         mut baseline: Option<&mut Side>,
-        (windows, num_given): (&[&[TokenId]], usize),
+        windows: &[&[TokenId]],
+        num_given: usize,
         progress: &mut dyn FnMut(usize),
     ) -> Evaluation {
         let mut sums = Sums::default();

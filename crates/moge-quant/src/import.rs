@@ -121,6 +121,18 @@ fn element<const N: usize>(bytes: &[u8], index: usize) -> [u8; N] {
     std::array::from_fn(|i| bytes[index * N + i])
 }
 
+/// What was found while the tensors of a network were looked for.
+struct Search<'a> {
+    import: &'a Import,
+    config: &'a ModelConfig,
+    /// Names of the tensors that the network has.
+    expected: HashSet<String>,
+    /// Names of the tensors of the checkpoint that have a place.
+    used: HashSet<String>,
+    /// What is wrong with tensors that the network has.
+    problems: Vec<TensorProblem>,
+}
+
 impl Import {
     /// Open the int8 checkpoint in `dir`; `None` if what is there has no description.
     pub(crate) fn find(dir: &Path) -> Result<Option<Import>, QuantizeError> {
@@ -146,160 +158,42 @@ impl Import {
 
     /// What the tensors of `specs` are made of; `config` is that of the checkpoint.
     pub(crate) fn items(&self, config: &ModelConfig, specs: Vec<TensorSpec>) -> Result<Vec<Item>, QuantizeError> {
-        let expected: HashSet<String> = specs.iter().map(|spec| spec.name.clone()).collect();
-        let mut used = HashSet::new();
+        let expected = specs.iter().map(|spec| spec.name.clone()).collect();
+        let mut search = Search { import: self, config, expected, used: HashSet::new(), problems: Vec::new() };
         let mut items = Vec::new();
-        let mut problems = Vec::new();
         for spec in specs {
-            match self.input(config, &spec, &expected, &mut used)? {
-                Ok(input) => items.push(Item { spec, input }),
-                Err(problem) => problems.push(problem),
+            if let Some(input) = search.input(&spec)? {
+                items.push(Item { spec, input });
             }
         }
-        for (name, tensor) in self.checkpoint.tensors().filter(|(name, _)| !used.contains(*name)) {
-            if !self.is_ignored(config, name, tensor)? {
-                problems.push(TensorProblem::Unexpected { name: name.to_owned(), shape: tensor.shape().to_vec() });
+        for (name, tensor) in self.checkpoint.tensors() {
+            if !search.used.contains(name) && !self.is_ignored(config, name, tensor)? {
+                let (name, shape) = (name.to_owned(), tensor.shape().to_vec());
+                search.problems.push(TensorProblem::Unexpected { name, shape });
             }
         }
-        refuse(&self.dir, problems)?;
+        refuse(&self.dir, search.problems)?;
         Ok(items)
     }
 
-    /// Where the numbers of one tensor come from, or what is wrong with the tensor that has its name.
-    fn input(
-        &self,
-        config: &ModelConfig,
-        spec: &TensorSpec,
-        expected: &HashSet<String>,
-        used: &mut HashSet<String>,
-    ) -> Result<Result<Input, TensorProblem>, QuantizeError> {
-        let name = &spec.name;
-        used.insert(name.clone());
-        if let Some(base) = name.strip_suffix(".bias") {
-            let weight = format!("{base}.weight");
-            if self.kind(&weight)? == Kind::Static {
-                return Ok(Ok(Input::Bias(self.static_bias(base, &[spec.shape[0]], used)?)));
-            }
-        }
-        let Some(tensor) = tensor_for(&self.checkpoint, config, name) else {
-            return Ok(Err(TensorProblem::Missing { name: name.clone(), shape: spec.shape.clone() }));
-        };
-        if tensor.shape() != spec.shape {
-            let (found, expected) = (tensor.shape().to_vec(), spec.shape.clone());
-            return Ok(Err(TensorProblem::Shape { name: name.clone(), found, expected }));
-        }
-        let kind = self.kind(name)?;
-        let allowed = if kind == Kind::Float { "F32, F16, BF16" } else { "I8" };
-        let is_allowed = match kind {
-            Kind::Float => matches!(tensor.dtype(), Dtype::F32 | Dtype::F16 | Dtype::BF16),
-            Kind::Static | Kind::Dynamic => tensor.dtype() == Dtype::I8,
-        };
-        if !is_allowed {
-            let found = format!("{:?}", tensor.dtype());
-            return Ok(Err(TensorProblem::Dtype { name: name.clone(), found, allowed }));
-        }
-        if kind == Kind::Float {
-            return Ok(Ok(Input::Floats(tensor.clone())));
-        }
-        if spec.packed.is_none() {
-            return Err(self.bad_tensor(name, "is int8 and cannot stay so; allowed for it: w8a8, w4a8".to_owned()));
-        }
-        let base = name.strip_suffix(".weight").unwrap_or(name);
-        Ok(Ok(Input::Levels(self.levels(base, kind, tensor, expected, used)?)))
-    }
-
-    fn levels(
-        &self,
-        base: &str,
-        kind: Kind,
-        levels: &StoredTensor,
-        expected: &HashSet<String>,
-        used: &mut HashSet<String>,
-    ) -> Result<Levels, QuantizeError> {
-        let num_rows = levels.shape()[0];
-        if kind == Kind::Dynamic {
-            let offset = format!("{base}.weight_offset");
-            if let Some(tensor) = self.checkpoint.get(&offset) {
-                self.check_numbers(&offset, tensor, num_rows)?;
-                if let Some(row) = (0..num_rows).find(|&row| number(tensor, row) != 0.0) {
-                    let problem = format!("{} at row {row}; allowed: 0, as in symmetric weights", number(tensor, row));
-                    return Err(self.bad_tensor(&offset, problem));
-                }
-                used.insert(offset);
-            }
-            let scales = self.part(base, "weight_scale", "W8A8_DYNAMIC", num_rows, used)?;
-            return Ok(Levels { levels: levels.clone(), scales, scale_divisor: 1.0, vanishing_bias: None });
-        }
-        let input_scale = self.part(base, "input_scale", "W8A8", 1, used)?;
-        let scale_divisor = number(&input_scale, 0) as f32;
-        if !scale_divisor.is_normal() {
-            let problem = format!("{scale_divisor}; allowed: a scale, which is above 0");
-            return Err(self.bad_tensor(&format!("{base}.input_scale"), problem));
-        }
-        let bias = self.static_bias(base, levels.shape(), used)?;
-        let scales = bias.deq_scale.clone();
-        let vanishing_bias = if expected.contains(&format!("{base}.bias")) { None } else { Some(bias) };
-        Ok(Levels { levels: levels.clone(), scales, scale_divisor, vanishing_bias })
-    }
-
-    /// The bias that the static weight `base` holds; `shape` begins with its rows.
-    fn static_bias(
-        &self,
-        base: &str,
-        shape: &[usize],
-        used: &mut HashSet<String>,
-    ) -> Result<StaticBias, QuantizeError> {
-        let num_rows = shape[0];
-        let weight = format!("{base}.weight");
-        let levels = self.checkpoint.get(&weight).filter(|tensor| tensor.shape().len() == 2);
-        let Some(levels) = levels.filter(|tensor| tensor.dtype() == Dtype::I8 && tensor.shape()[0] == num_rows) else {
-            return Err(self.bad_tensor(&weight, format!("missing, or not {num_rows} rows of I8")));
-        };
-        Ok(StaticBias {
-            levels: levels.clone(),
-            quant_bias: self.part(base, "quant_bias", "W8A8", num_rows, used)?,
-            input_offset: number(&self.part(base, "input_offset", "W8A8", 1, used)?, 0),
-            deq_scale: self.part(base, "deq_scale", "W8A8", num_rows, used)?,
-        })
-    }
-
-    /// The tensor `base.suffix`, which a weight of type `kind` needs: `len` finite numbers.
-    fn part(
-        &self,
-        base: &str,
-        suffix: &str,
-        kind: &str,
-        len: usize,
-        used: &mut HashSet<String>,
-    ) -> Result<StoredTensor, QuantizeError> {
-        let name = format!("{base}.{suffix}");
-        let Some(tensor) = self.checkpoint.get(&name) else {
-            return Err(self.bad_tensor(&name, format!("missing; {base}.weight is {kind} and needs it")));
-        };
-        self.check_numbers(&name, tensor, len)?;
-        used.insert(name);
-        Ok(tensor.clone())
-    }
-
+    /// Refuse a tensor that is not `len` finite numbers of a type that its name allows.
     fn check_numbers(&self, name: &str, tensor: &StoredTensor, len: usize) -> Result<(), QuantizeError> {
         let (shape, dtype) = (tensor.shape(), tensor.dtype());
         let is_vector = shape.iter().product::<usize>() == len && shape.iter().all(|&size| size == 1 || size == len);
         if !is_vector {
             return Err(self.bad_tensor(name, format!("shape is {shape:?}, should be [{len}] or [{len}, 1]")));
         }
-        let is_integer = matches!(dtype, Dtype::I32 | Dtype::I8);
-        let is_float = matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16);
-        let allowed = match name.rsplit('.').next() {
-            Some("deq_scale") if is_float || dtype == Dtype::I64 => None,
-            Some("deq_scale") => Some("F32, F16, BF16, or I64 with the bits of F32"),
-            Some("quant_bias") if dtype == Dtype::I32 => None,
-            Some("quant_bias") => Some("I32"),
-            Some("input_offset" | "weight_offset") if is_float || is_integer => None,
-            Some("input_offset" | "weight_offset") => Some("F32, F16, BF16, I8, I32"),
-            _ if is_float => None,
-            _ => Some("F32, F16, BF16"),
+        let (is_allowed, allowed) = match name.rsplit('.').next() {
+            Some("deq_scale") => {
+                (is_float(dtype) || dtype == Dtype::I64, "F32, F16, BF16, or I64 with the bits of F32")
+            }
+            Some("quant_bias") => (dtype == Dtype::I32, "I32"),
+            Some("input_offset" | "weight_offset") => {
+                (is_float(dtype) || matches!(dtype, Dtype::I8 | Dtype::I32), "F32, F16, BF16, I8, I32")
+            }
+            _ => (is_float(dtype), "F32, F16, BF16"),
         };
-        if let Some(allowed) = allowed {
+        if !is_allowed {
             return Err(self.bad_tensor(name, format!("dtype is {dtype:?}, allowed are {allowed}")));
         }
         match (0..len).find(|&index| !number(tensor, index).is_finite()) {
@@ -329,7 +223,7 @@ impl Import {
         if is_left_over.iter().any(|part| name.contains(part)) {
             return Ok(true);
         }
-        if name.ends_with("norm.bias") && matches!(tensor.dtype(), Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+        if name.ends_with("norm.bias") && is_float(tensor.dtype()) {
             let len = tensor.shape().iter().product();
             if (0..len).all(|index| number(tensor, index) == 0.0) {
                 return Ok(true);
@@ -337,12 +231,130 @@ impl Import {
             let problem = "a norm with a bias, as some outlier suppression makes, is not implemented; allowed: zeros";
             return Err(self.bad_tensor(name, problem.to_owned()));
         }
+        // The embedding's copy, where the head is not packed.
         Ok(config.tie_word_embeddings && name == "lm_head.weight")
     }
 
     fn bad_tensor(&self, name: &str, problem: String) -> QuantizeError {
         QuantizeError::Tensor { dir: self.dir.display().to_string(), name: name.to_owned(), problem }
     }
+}
+
+impl Search<'_> {
+    /// Where the numbers of one tensor come from; none if the tensor that has its name is not what the network needs.
+    fn input(&mut self, spec: &TensorSpec) -> Result<Option<Input>, QuantizeError> {
+        let name = &spec.name;
+        self.used.insert(name.clone());
+        if let Some(base) = name.strip_suffix(".bias")
+            && self.import.kind(&format!("{base}.weight"))? == Kind::Static
+        {
+            return Ok(Some(Input::Bias(self.static_bias(base, spec.shape[0])?)));
+        }
+        let kind = self.import.kind(name)?;
+        let Some(tensor) = self.tensor(spec, kind) else { return Ok(None) };
+        if kind == Kind::Float {
+            return Ok(Some(Input::Floats(tensor.clone())));
+        }
+        if spec.packed.is_none() {
+            let problem = "is int8 and cannot stay so; allowed for it: w8a8, w4a8".to_owned();
+            return Err(self.import.bad_tensor(name, problem));
+        }
+        let base = name.strip_suffix(".weight").unwrap_or(name);
+        Ok(Some(Input::Levels(self.levels(base, kind, tensor)?)))
+    }
+
+    /// The tensor for `spec`, of the right shape and type for its kind; else the problem is noted.
+    fn tensor(&mut self, spec: &TensorSpec, kind: Kind) -> Option<StoredTensor> {
+        let name = spec.name.clone();
+        let Some(tensor) = tensor_for(&self.import.checkpoint, self.config, &name) else {
+            self.problems.push(TensorProblem::Missing { name, shape: spec.shape.clone() });
+            return None;
+        };
+        if tensor.shape() != spec.shape {
+            let (found, expected) = (tensor.shape().to_vec(), spec.shape.clone());
+            self.problems.push(TensorProblem::Shape { name, found, expected });
+            return None;
+        }
+        let (is_allowed, allowed) = match kind {
+            Kind::Float => (is_float(tensor.dtype()), "F32, F16, BF16"),
+            Kind::Static | Kind::Dynamic => (tensor.dtype() == Dtype::I8, "I8"),
+        };
+        if !is_allowed {
+            let found = format!("{:?}", tensor.dtype());
+            self.problems.push(TensorProblem::Dtype { name, found, allowed });
+            return None;
+        }
+        Some(tensor.clone())
+    }
+
+    /// The int8 weight of `base`, `levels`, with its scales.
+    fn levels(&mut self, base: &str, kind: Kind, levels: StoredTensor) -> Result<Levels, QuantizeError> {
+        let num_rows = levels.shape()[0];
+        if kind == Kind::Dynamic {
+            self.check_weight_offset(base, num_rows)?;
+            let scales = self.part(base, "weight_scale", "W8A8_DYNAMIC", num_rows)?;
+            return Ok(Levels { levels, scales, scale_divisor: 1.0, vanishing_bias: None });
+        }
+        let input_scale = self.part(base, "input_scale", "W8A8", 1)?;
+        let scale_divisor = number(&input_scale, 0) as f32;
+        if !scale_divisor.is_normal() || scale_divisor < 0.0 {
+            let problem = format!("{scale_divisor}; allowed: a scale, which is above 0");
+            return Err(self.import.bad_tensor(&format!("{base}.input_scale"), problem));
+        }
+        let bias = self.static_bias(base, num_rows)?;
+        let scales = bias.deq_scale.clone();
+        if let Some(row) = (0..num_rows).find(|&row| !(number(&scales, row) as f32 / scale_divisor).is_finite()) {
+            let problem = format!("{} at {row}, over {scale_divisor}, is no number", number(&scales, row));
+            return Err(self.import.bad_tensor(&format!("{base}.deq_scale"), problem));
+        }
+        let has_place = self.expected.contains(&format!("{base}.bias"));
+        Ok(Levels { levels, scales, scale_divisor, vanishing_bias: (!has_place).then_some(bias) })
+    }
+
+    /// The bias, `[num_rows]`, that the static weight `base` holds.
+    fn static_bias(&mut self, base: &str, num_rows: usize) -> Result<StaticBias, QuantizeError> {
+        let weight = format!("{base}.weight");
+        let is_right = |tensor: &&StoredTensor| {
+            tensor.dtype() == Dtype::I8 && matches!(tensor.shape(), &[rows, cols] if rows == num_rows && cols > 0)
+        };
+        let Some(levels) = self.import.checkpoint.get(&weight).filter(is_right) else {
+            return Err(self.import.bad_tensor(&weight, format!("missing, or not {num_rows} rows of I8")));
+        };
+        Ok(StaticBias {
+            levels: levels.clone(),
+            quant_bias: self.part(base, "quant_bias", "W8A8", num_rows)?,
+            input_offset: number(&self.part(base, "input_offset", "W8A8", 1)?, 0),
+            deq_scale: self.part(base, "deq_scale", "W8A8", num_rows)?,
+        })
+    }
+
+    /// Refuse a weight that is not symmetric.
+    fn check_weight_offset(&mut self, base: &str, num_rows: usize) -> Result<(), QuantizeError> {
+        let name = format!("{base}.weight_offset");
+        let Some(tensor) = self.import.checkpoint.get(&name) else { return Ok(()) };
+        self.import.check_numbers(&name, tensor, num_rows)?;
+        if let Some(row) = (0..num_rows).find(|&row| number(tensor, row) != 0.0) {
+            let problem = format!("{} at row {row}; allowed: 0, as in symmetric weights", number(tensor, row));
+            return Err(self.import.bad_tensor(&name, problem));
+        }
+        self.used.insert(name);
+        Ok(())
+    }
+
+    /// The tensor `base.suffix`, which a weight of type `kind` needs: `len` finite numbers.
+    fn part(&mut self, base: &str, suffix: &str, kind: &str, len: usize) -> Result<StoredTensor, QuantizeError> {
+        let name = format!("{base}.{suffix}");
+        let Some(tensor) = self.import.checkpoint.get(&name) else {
+            return Err(self.import.bad_tensor(&name, format!("missing; {base}.weight is {kind} and needs it")));
+        };
+        self.import.check_numbers(&name, tensor, len)?;
+        self.used.insert(name);
+        Ok(tensor.clone())
+    }
+}
+
+fn is_float(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
 }
 
 /// The file in `dir` whose name begins and ends so; `None` if there is none.

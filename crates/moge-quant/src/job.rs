@@ -1,7 +1,7 @@
 //! One run of `moge quantize`: every tensor of the source, in the order of the output's files, in pieces of bounded size. One
 //! thread writes while all others convert the next piece.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -67,8 +67,8 @@ impl Job {
 
     /// Bytes of weights that are still to be written.
     pub fn missing_bytes(&self) -> u64 {
-        let complete: HashMap<&str, ()> = self.complete.iter().map(|record| (record.name.as_str(), ())).collect();
-        let missing = self.source.items.iter().filter(|item| !complete.contains_key(item.spec.name.as_str()));
+        let complete: HashSet<&str> = self.complete.iter().map(|record| record.name.as_str()).collect();
+        let missing = self.source.items.iter().filter(|item| !complete.contains(item.spec.name.as_str()));
         missing.map(num_bytes).sum()
     }
 

@@ -34,13 +34,13 @@ pub(crate) struct Converted {
 impl Item {
     /// All of it in pieces, in order.
     pub(crate) fn pieces(&self) -> impl Iterator<Item = Piece> + use<> {
+        let num_rows = self.tensor().shape()[0];
         let (len, unit_rows) = match (&self.input, self.spec.packed) {
             // The sums of all rows make one small tensor.
             (Input::Bias(_), _) => (1, 1),
             (_, Some(packed)) => (packed.num_parts * PackedFormat::num_panels(packed.rows), PANEL_ROWS),
-            (_, None) => (self.tensor().shape().first().copied().unwrap_or(1), 1),
+            (_, None) => (num_rows, 1),
         };
-        let num_rows = self.tensor().shape().first().copied().unwrap_or(1).max(1);
         let unit_bytes = self.tensor().bytes().len() / num_rows * unit_rows;
         let step = (PIECE_BYTES / unit_bytes.max(1)).max(1);
         (0..len).step_by(step).map(move |start| Piece { range: start..len.min(start + step) })
@@ -55,7 +55,6 @@ impl Item {
                 let last = panel_rows(packed, piece.range.end - 1);
                 tensor.rows(panel_rows(packed, piece.range.start).start..last.end)
             }
-            (_, None) if tensor.shape().is_empty() => tensor.clone(),
             (_, None) => tensor.rows(piece.range.clone()),
         }
     }
@@ -67,8 +66,10 @@ impl Item {
     pub(crate) fn convert(&self, cpu: &Cpu, piece: &Piece, dir: &Path) -> Result<Converted, QuantizeError> {
         match (&self.input, self.spec.packed) {
             (Input::Bias(bias), _) => {
-                let bytes = bias.numbers().iter().flat_map(|x| x.to_le_bytes()).collect();
-                Ok(Converted { bytes, error: PackError::default() })
+                let numbers = bias.numbers();
+                let num_non_finite = numbers.iter().filter(|x| !x.is_finite()).count();
+                let bytes = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
+                Ok(Converted { bytes, error: PackError { num_non_finite, ..PackError::default() } })
             }
             (_, Some(packed)) => self.pack(cpu, packed, piece, dir),
             (_, None) => {

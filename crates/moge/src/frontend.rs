@@ -214,9 +214,9 @@ impl ModelArgs {
         self.threads.unwrap_or_else(available_threads)
     }
 
-    /// The same for a checkpoint that runs as it is.
-    pub(crate) fn without_quantizing(&self) -> ModelArgs {
-        ModelArgs { quantize: None, ..self.clone() }
+    /// The same for a baseline: weights as they lie, KV cache as precise as activations.
+    pub(crate) fn for_baseline(&self) -> ModelArgs {
+        ModelArgs { quantize: None, kv: KvArg::Auto, ..self.clone() }
     }
 
     /// True if the checkpoint is to be made first.

@@ -65,24 +65,29 @@ pub(crate) fn run(args: &PerplexityArgs) -> Result<()> {
     let context = args.context(&model, baseline.as_ref())?;
     let (windows, num_given) = args.windows(&model, context)?;
     let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
-    let as_it_is = args.model.without_quantizing();
+    let baseline_args = args.model.for_baseline();
     check_memory(args, &model, baseline.as_ref(), longest)?;
 
     let (weights, cpu) = model.load_model(&args.model)?;
-    let mut side = Side::new(weights, &cpu, model.activation(&args.model), longest);
+    let mut side = Side::new(weights, &cpu, model.activation(&args.model), model.kv_type(&args.model), longest);
     let mut baseline_side = match &baseline {
         None => None,
         Some(baseline) => {
-            let (weights, _) = baseline.load_model(&as_it_is)?;
-            Some(Side::new(weights, &cpu, baseline.activation(&as_it_is), longest))
+            let (weights, _) = baseline.load_model(&baseline_args)?;
+            Some(Side::new(
+                weights,
+                &cpu,
+                baseline.activation(&baseline_args),
+                baseline.kv_type(&baseline_args),
+                longest,
+            ))
         }
     };
     let windows: Vec<&[TokenId]> = windows.iter().map(Vec::as_slice).collect();
     let bar = progress::items("tokens", windows.iter().map(|window| window.len()).sum());
-    let evaluation =
-        Evaluation::run(&cpu, &mut side, baseline_side.as_mut(), (&windows, num_given), &mut |num_tokens| {
-            bar.set_position(num_tokens as u64);
-        });
+    let evaluation = Evaluation::run(&cpu, &mut side, baseline_side.as_mut(), &windows, num_given, &mut |num_tokens| {
+        bar.set_position(num_tokens as u64);
+    });
     bar.finish_and_clear();
     match args.format {
         Format::Text => output::print(Text(&evaluation)),
@@ -137,12 +142,12 @@ impl PerplexityArgs {
 /// Refuse what does not fit into memory: both models at once.
 fn check_memory(args: &PerplexityArgs, model: &Frontend, baseline: Option<&Frontend>, context: usize) -> Result<()> {
     let bytes =
-        |side: &Frontend| Side::bytes(&side.config, side.activation(&args.model), context, args.model.num_threads());
-    let (kv_bytes, workspace_bytes) = bytes(model);
+        |side: &Frontend, args: &ModelArgs| Side::bytes(&side.config, side.kv_type(args), context, args.num_threads());
+    let (kv_bytes, workspace_bytes) = bytes(model, &args.model);
     let Some(baseline) = baseline else {
         return model.check_memory(&args.model, kv_bytes, workspace_bytes).map(|_| ());
     };
-    let (other_kv_bytes, other_workspace_bytes) = bytes(baseline);
+    let (other_kv_bytes, other_workspace_bytes) = bytes(baseline, &args.model.for_baseline());
     let other_weight_bytes = Checkpoint::file_bytes(&baseline.dir)?;
     let other_bytes = other_weight_bytes.saturating_add(other_kv_bytes).saturating_add(other_workspace_bytes);
     let checked = model.check_memory(&args.model, kv_bytes, workspace_bytes.saturating_add(other_bytes));

@@ -4,11 +4,11 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use indicatif::DecimalBytes;
-use moge_model::{Cpu, Isa, MAX_THREADS, PackedFormat, QuantScheme, available_threads};
+use moge_model::{Cpu, Isa, MAX_THREADS, PackedFormat, QuantScheme, WriteError, available_threads};
 use moge_quant::{Damage, Job, QuantizeError};
 
 use crate::cmd::synth::check_free_space;
@@ -97,6 +97,9 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
         Err(error @ QuantizeError::Stopped { .. }) => {
             output::say_line(error);
             interrupt.leave();
+        }
+        Err(error @ QuantizeError::Write(WriteError::DiskFull { .. })) => {
+            bail!("{error}; with more space the same command, run again, will go on");
         }
         Err(error) => return Err(error.into()),
     };
