@@ -2,6 +2,9 @@
 
 use half::{bf16, f16};
 
+use crate::isa::Isa;
+use crate::simd::{Simd, SimdOp, Stored};
+
 /// Type of a stored number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Dtype {
@@ -87,6 +90,42 @@ impl<'a> Elements<'a> {
             Elements::Bf16(x) => Elements::Bf16(&x[range]),
         }
     }
+
+    /// Write the numbers to `out` as f32.
+    ///
+    /// # Panics
+    /// If `out` has another length.
+    pub fn widen(self, isa: Isa, out: &mut [f32]) {
+        assert_eq!(out.len(), self.len(), "numbers to widen");
+        match self {
+            Elements::F32(x) => out.copy_from_slice(x),
+            Elements::F16(x) => isa.run(Widen { x, out }),
+            Elements::Bf16(x) => isa.run(Widen { x, out }),
+        }
+    }
+}
+
+struct Widen<'a, T> {
+    x: &'a [T],
+    out: &'a mut [f32],
+}
+
+impl<T: Stored> SimdOp for Widen<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for (x, out) in self.x.chunks(S::LANES).zip(self.out.chunks_mut(S::LANES)) {
+            if x.len() == S::LANES {
+                // SAFETY: `x` has as many numbers as a register.
+                simd.store(out, unsafe { T::load(simd, x.as_ptr()) });
+            } else {
+                for (x, out) in x.iter().zip(out) {
+                    *out = x.widen();
+                }
+            }
+        }
+    }
 }
 
 /// A borrowed row-major matrix `[rows, cols]`; as a weight `[output width, input width]`.
@@ -135,7 +174,8 @@ impl<'a> Matrix<'a> {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::{Elements, Matrix, round_to_bf16};
-    use half::bf16;
+    use crate::Isa;
+    use half::{bf16, f16};
 
     #[test]
     fn rounding_to_bf16_agrees_with_the_half_crate_on_every_upper_half() {
@@ -153,5 +193,19 @@ mod tests {
         let matrix = Matrix::new(Elements::F32(&numbers), 3, 2).slice_rows(1..3);
         assert_eq!((matrix.rows(), matrix.cols()), (2, 2));
         assert!(matches!(matrix.elements(), Elements::F32([2.0, 3.0, 4.0, 5.0])));
+    }
+
+    #[test]
+    fn every_type_is_widened_exactly_at_awkward_lengths_on_every_isa() {
+        let numbers: Vec<f32> = (0..37).map(|i| i as f32 * 0.25 - 4.0).collect();
+        let (halves, brains): (Vec<f16>, Vec<bf16>) =
+            numbers.iter().map(|&x| (f16::from_f32(x), bf16::from_f32(x))).unzip();
+        for (isa, len) in Isa::available().flat_map(|isa| [0, 1, 7, 8, 17, 37].map(|len| (isa, len))) {
+            for elements in [Elements::F32(&numbers), Elements::F16(&halves), Elements::Bf16(&brains)] {
+                let mut out = vec![0.0; len];
+                elements.slice(0..len).widen(isa, &mut out);
+                assert_eq!(out, numbers[..len]);
+            }
+        }
     }
 }

@@ -42,10 +42,12 @@ pub enum CheckpointError {
         source: std::io::Error,
     },
     /// Neither `model.safetensors.index.json` nor `model.safetensors` is there.
-    #[error("{dir}: no model.safetensors.index.json and no model.safetensors")]
+    #[error("{dir}: no model.safetensors.index.json and no model.safetensors{advice}")]
     NoWeights {
         /// The checkpoint's directory.
         dir: String,
+        /// What can be done about it, or nothing.
+        advice: &'static str,
     },
     /// A safetensors header is wrong: its length, its JSON, its offsets.
     #[error("{file}: not a valid safetensors file ({file_bytes} bytes): {problem}")]
@@ -206,6 +208,40 @@ impl StoredTensor {
     pub fn bytes(&self) -> &[u8] {
         &self.storage.bytes()[self.range.clone()]
     }
+
+    /// The part of it at `range` of its slowest dimension.
+    ///
+    /// # Panics
+    /// If it has no dimension, or `range` is out of bounds.
+    pub fn rows(&self, range: Range<usize>) -> StoredTensor {
+        let num_rows = self.shape[0];
+        assert!(range.start <= range.end && range.end <= num_rows, "rows {range:?} of {num_rows}");
+        let row_bytes = self.range.len().checked_div(num_rows).unwrap_or(0);
+        let start = self.range.start;
+        let mut shape = self.shape.clone();
+        shape[0] = range.len();
+        let range = start + range.start * row_bytes..start + range.end * row_bytes;
+        StoredTensor { storage: self.storage.clone(), range, dtype: self.dtype, shape }
+    }
+
+    /// Begin to read it from the disk, if it lies in a mapped file. A hint: nothing fails.
+    pub fn prefetch(&self) {
+        if let Storage::Mapped(map) = &*self.storage {
+            let _ = map.advise_range(memmap2::Advice::WillNeed, self.range.start, self.range.len());
+        }
+    }
+
+    /// Let go of the memory that its pages take, if it lies in a mapped file; touched again, they are read again. A hint:
+    /// nothing fails.
+    #[allow(unsafe_code)]
+    pub fn release(&self) {
+        if let Storage::Mapped(map) = &*self.storage {
+            // SAFETY: The map is of a file and read only: a page that is dropped comes back with the file's bytes.
+            let _ = unsafe {
+                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, self.range.start, self.range.len())
+            };
+        }
+    }
 }
 
 /// The tensors of a checkpoint by name.
@@ -227,19 +263,44 @@ impl Checkpoint {
         mode: LoadMode,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Checkpoint, CheckpointError> {
-        let index = dir.join(INDEX_NAME);
-        let files = list_files(dir)?;
-        let total_bytes = bytes_of(dir, &files);
+        Checkpoint::open_files(dir, &list_files(dir)?, &dir.join(INDEX_NAME), mode, progress)
+    }
+
+    /// As [`Checkpoint::open`], with an index, `*.json`, or a single safetensors file under another name than usual.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_named(
+        file: &Path,
+        mode: LoadMode,
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Checkpoint, CheckpointError> {
+        let dir = file.parent().unwrap_or(Path::new("."));
+        let files = match file.extension() {
+            Some(extension) if extension == "json" => read_index(file)?,
+            _ => Files::from([(file.file_name().unwrap_or_default().to_string_lossy().into_owned(), None)]),
+        };
+        Checkpoint::open_files(dir, &files, file, mode, progress)
+    }
+
+    fn open_files(
+        dir: &Path,
+        files: &Files,
+        index: &Path,
+        mode: LoadMode,
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Checkpoint, CheckpointError> {
+        let total_bytes = bytes_of(dir, files);
         let mut checkpoint = Checkpoint { dir: dir.to_owned(), tensors: BTreeMap::new(), shards: Vec::new() };
         let mut bytes_before = 0;
-        for (file, listed) in &files {
+        for (file, listed) in files {
             let path = dir.join(file);
             let storage = Arc::new(match mode {
                 LoadMode::Mmap => map_file(&path)?,
                 LoadMode::Read => read_file(&path, &|bytes| progress(bytes_before + bytes, total_bytes))?,
             });
             bytes_before += storage.bytes().len() as u64;
-            checkpoint.add_shard(&path, storage, listed.as_ref(), &index)?;
+            checkpoint.add_shard(&path, storage, listed.as_ref(), index)?;
         }
         Ok(checkpoint)
     }
@@ -336,7 +397,10 @@ fn list_files(dir: &Path) -> Result<Files, CheckpointError> {
         return read_index(&index);
     }
     if !files::is_there(&dir.join(SINGLE_SHARD_NAME)) {
-        return Err(CheckpointError::NoWeights { dir: dir.display().to_string() });
+        let mut entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+        let is_int8 = entries.any(|entry| entry.file_name().to_string_lossy().starts_with("quant_model_weight"));
+        let advice = if is_int8 { "; `moge quantize` makes what is there one that runs" } else { "" };
+        return Err(CheckpointError::NoWeights { dir: dir.display().to_string(), advice });
     }
     Ok(BTreeMap::from([(SINGLE_SHARD_NAME.to_owned(), None)]))
 }

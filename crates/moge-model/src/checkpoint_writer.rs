@@ -2,11 +2,14 @@
 //!
 //! The plan (names, types, shapes) is known first, so that every header can be written before the data. Everything is
 //! written under temporary names; the final names appear in [`CheckpointWriter::finish`], when all data is on the disk.
-//! A writer that is dropped earlier removes what it wrote.
+//! A writer that is dropped earlier removes what it wrote, unless it is one that can be resumed.
+//!
+//! The data of a shard begins at a cache line, and so does every tensor whose bytes are whole cache lines, as those of
+//! large tensors are: loads of registers then never straddle two.
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -22,6 +25,13 @@ pub(crate) const SINGLE_SHARD_NAME: &str = "model.safetensors";
 
 /// Name of the file that says which shard holds which tensor.
 pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";
+
+/// Name of the journal in a directory whose weights are not all written, see [`CheckpointWriter::resume`]. Whoever keeps
+/// it removes it when the checkpoint is whole.
+pub const JOURNAL_NAME: &str = "unfinished.jsonl";
+
+/// Bytes of a cache line.
+const LINE_BYTES: u64 = 64;
 
 /// A tensor that will be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,7 +53,7 @@ pub enum WriteError {
         /// The file.
         path: PathBuf,
     },
-    /// There is no space left for the data.
+    /// There is no space left for the data, or the system allows no longer file.
     #[error("{}: the disk is full", path.display())]
     DiskFull {
         /// The file being written.
@@ -65,6 +75,14 @@ pub enum WriteError {
         /// What the system said.
         source: io::Error,
     },
+    /// A file that an earlier writer left is not as it must be.
+    #[error("{}: {problem}; remove the directory and begin again", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// The plan cannot be written as safetensors.
     #[error("tensor {name}: {problem}")]
     Plan {
@@ -82,7 +100,9 @@ pub struct CheckpointWriter {
     /// In the order in which they are written.
     tensors: Vec<PlannedTensor>,
     shards: Vec<Shard>,
-    /// Shards that have a temporary file; the last of them is being written.
+    /// If it is dropped before the end, its files stay.
+    is_resumable: bool,
+    /// Shards that have a file; the last of them is being written.
     num_opened: usize,
     file: Option<File>,
     /// The tensor being written, and how many of its bytes are still missing.
@@ -101,20 +121,11 @@ impl CheckpointWriter {
     /// Check the plan, split it into shards of at most `max_shard_bytes` (a larger tensor has a shard of its own), and
     /// open the first. `dir` must exist and hold none of the files that will be written.
     pub fn create(dir: &Path, plan: Vec<PlannedTensor>, max_shard_bytes: u64) -> Result<CheckpointWriter, WriteError> {
-        let (tensors, shards) = split_into_shards(plan, max_shard_bytes)?;
-        let mut writer = CheckpointWriter {
-            dir: dir.to_path_buf(),
-            tensors,
-            shards,
-            num_opened: 0,
-            file: None,
-            current_tensor: 0,
-            missing_bytes: 0,
-        };
+        let mut writer = CheckpointWriter::new(dir, plan, max_shard_bytes, false)?;
         let final_names = writer.shards.iter().map(|shard| shard.name.as_str());
         for name in final_names.chain([SINGLE_SHARD_NAME, INDEX_NAME]) {
             let path = dir.join(name);
-            if path.try_exists().map_err(|source| io_error(&path, source))? {
+            if is_there(&path)? {
                 return Err(WriteError::TargetExists { path });
             }
         }
@@ -124,8 +135,53 @@ impl CheckpointWriter {
         Ok(writer)
     }
 
-    /// The plan in the order in which the data must arrive: shard by shard in the order of the names; inside a shard the
-    /// widest types first, so that every tensor is aligned for its type.
+    /// Go on where an earlier writer of the same plan stopped, wherever that was, in the same `dir`: the first
+    /// `num_complete` tensors are on the disk. With 0, begin. What the writer makes stays when it is dropped.
+    ///
+    /// # Errors
+    /// As [`CheckpointWriter::create`], and if files of the complete tensors are missing, too short, or of another plan.
+    pub fn resume(
+        dir: &Path,
+        plan: Vec<PlannedTensor>,
+        max_shard_bytes: u64,
+        num_complete: usize,
+    ) -> Result<CheckpointWriter, WriteError> {
+        let mut writer = CheckpointWriter::new(dir, plan, max_shard_bytes, true)?;
+        let num_whole = writer.shards.iter().take_while(|shard| shard.tensors.end <= num_complete).count();
+        for index in 0..num_whole {
+            writer.check_whole(index)?;
+        }
+        writer.num_opened = num_whole;
+        writer.current_tensor = num_complete;
+        if num_whole < writer.shards.len() {
+            writer.reopen_shard(num_complete)?;
+            writer.missing_bytes = num_bytes(&writer.tensors[num_complete]);
+            writer.skip_complete_tensors()?;
+        }
+        Ok(writer)
+    }
+
+    fn new(
+        dir: &Path,
+        plan: Vec<PlannedTensor>,
+        max_shard_bytes: u64,
+        is_resumable: bool,
+    ) -> Result<CheckpointWriter, WriteError> {
+        let (tensors, shards) = split_into_shards(plan, max_shard_bytes)?;
+        Ok(CheckpointWriter {
+            dir: dir.to_path_buf(),
+            tensors,
+            shards,
+            is_resumable,
+            num_opened: 0,
+            file: None,
+            current_tensor: 0,
+            missing_bytes: 0,
+        })
+    }
+
+    /// The plan in the order in which the data must arrive: shard by shard in the order of the names; inside a shard first
+    /// the tensors of whole cache lines, then the widest types first, so that every tensor is aligned for its type.
     pub fn tensors(&self) -> &[PlannedTensor] {
         &self.tensors
     }
@@ -155,6 +211,16 @@ impl CheckpointWriter {
         self.skip_complete_tensors()
     }
 
+    /// Wait until what was appended is on the disk.
+    pub fn sync(&mut self) -> Result<(), WriteError> {
+        match &self.file {
+            Some(file) => {
+                file.sync_data().map_err(|source| io_error(&self.temporary_path(self.num_opened - 1), source))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Give the shards their final names, then write the index if there is more than one.
     ///
     /// # Panics
@@ -162,8 +228,11 @@ impl CheckpointWriter {
     pub fn finish(mut self) -> Result<(), WriteError> {
         assert_eq!(self.current_tensor, self.tensors.len(), "a tensor is not complete");
         for index in 0..self.shards.len() {
-            let path = self.dir.join(&self.shards[index].name);
-            fs::rename(self.temporary_path(index), &path).map_err(|source| io_error(&path, source))?;
+            let (path, temporary) = (self.final_path(index), self.temporary_path(index));
+            // An earlier writer may have stopped here, some shards having their names.
+            if !self.is_resumable || is_there(&temporary)? {
+                fs::rename(temporary, &path).map_err(|source| io_error(&path, source))?;
+            }
         }
         if self.shards.len() > 1 {
             write_file(&self.dir.join(INDEX_NAME), self.index_json().as_bytes())?;
@@ -194,15 +263,65 @@ impl CheckpointWriter {
     fn open_shard(&mut self) -> Result<(), WriteError> {
         let path = self.temporary_path(self.num_opened);
         let header = header_bytes(&self.tensors[self.shards[self.num_opened].tensors.clone()])?;
-        let mut file = create_new(&path)?;
+        // An earlier writer may have begun it; nothing in it counts.
+        let new = if self.is_resumable { File::create(&path) } else { File::create_new(&path) };
+        let mut file = new.map_err(|source| io_error(&path, source))?;
         self.num_opened += 1;
         file.write_all(&header).map_err(|source| io_error(&path, source))?;
         self.file = Some(file);
         Ok(())
     }
 
+    /// Open the shard in which `num_complete` tensors of the plan end, cut what follows them, and go on there.
+    fn reopen_shard(&mut self, num_complete: usize) -> Result<(), WriteError> {
+        let path = self.temporary_path(self.num_opened);
+        let tensors = self.shards[self.num_opened].tensors.clone();
+        if num_complete == tensors.start {
+            return self.open_shard();
+        }
+        let damaged = |problem: &str| Err(WriteError::Damaged { path: path.clone(), problem: problem.to_string() });
+        let header = header_bytes(&self.tensors[tensors.clone()])?;
+        let len = header.len() as u64 + self.tensors[tensors.start..num_complete].iter().map(num_bytes).sum::<u64>();
+        let open = || {
+            let mut file = OpenOptions::new().read(true).write(true).open(&path)?;
+            let mut found = Vec::with_capacity(header.len());
+            (&mut file).take(header.len() as u64).read_to_end(&mut found)?;
+            Ok((file.metadata()?.len(), found, file))
+        };
+        let (found_len, found_header, mut file) = open().map_err(|source| io_error(&path, source))?;
+        if found_header != header {
+            return damaged("it holds other tensors");
+        }
+        if found_len < len {
+            return damaged(&format!("it has {found_len} bytes, {len} were written"));
+        }
+        let cut = file.set_len(len).and_then(|()| file.seek(SeekFrom::End(0)));
+        cut.map_err(|source| io_error(&path, source))?;
+        self.num_opened += 1;
+        self.file = Some(file);
+        Ok(())
+    }
+
+    /// Refuse a shard that should be whole and is not as long as it must be.
+    fn check_whole(&self, index: usize) -> Result<(), WriteError> {
+        let tensors = &self.tensors[self.shards[index].tensors.clone()];
+        let len = header_bytes(tensors)?.len() as u64 + tensors.iter().map(num_bytes).sum::<u64>();
+        let temporary = self.temporary_path(index);
+        let path = if is_there(&temporary)? { temporary } else { self.final_path(index) };
+        let found = fs::metadata(&path).map_err(|source| io_error(&path, source))?.len();
+        if found != len {
+            let problem = format!("it has {found} bytes, {len} were written");
+            return Err(WriteError::Damaged { path, problem });
+        }
+        Ok(())
+    }
+
+    fn final_path(&self, shard: usize) -> PathBuf {
+        self.dir.join(&self.shards[shard].name)
+    }
+
     fn temporary_path(&self, shard: usize) -> PathBuf {
-        temporary_path(&self.dir.join(&self.shards[shard].name))
+        temporary_path(&self.final_path(shard))
     }
 
     fn index_json(&self) -> String {
@@ -222,8 +341,11 @@ impl CheckpointWriter {
 }
 
 impl Drop for CheckpointWriter {
-    /// Remove the temporary files of a checkpoint that was not finished.
+    /// Remove the temporary files of a checkpoint that was not finished, unless it can be.
     fn drop(&mut self) {
+        if self.is_resumable {
+            return;
+        }
         for index in 0..self.num_opened {
             // There is nobody to tell; a temporary file that stays does no harm.
             let _ = fs::remove_file(self.temporary_path(index));
@@ -232,9 +354,13 @@ impl Drop for CheckpointWriter {
 }
 
 /// Write a whole file so that it is either absent or complete: temporary name, fsync, rename.
-pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), WriteError> {
+///
+/// # Errors
+/// If the file system refuses.
+pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), WriteError> {
     let temporary = temporary_path(path);
-    let mut file = create_new(&temporary)?;
+    // A writer that was killed may have left a part of it.
+    let mut file = File::create(&temporary).map_err(|source| io_error(&temporary, source))?;
     let written = file.write_all(bytes).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&temporary, path));
     written.map_err(|source| {
         // The write error is what the caller must see, whether or not the file can be removed.
@@ -244,11 +370,13 @@ pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), WriteError> {
 }
 
 /// Sort a file system error into the kinds that a user can act on.
-pub(crate) fn io_error(path: &Path, source: io::Error) -> WriteError {
+pub fn io_error(path: &Path, source: io::Error) -> WriteError {
     let path = path.to_path_buf();
     match source.kind() {
         io::ErrorKind::AlreadyExists => WriteError::TargetExists { path },
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => WriteError::DiskFull { path },
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
+            WriteError::DiskFull { path }
+        }
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => WriteError::NotWritable { path, source },
         _ => WriteError::Io { path, source },
     }
@@ -263,8 +391,8 @@ fn sync_directory(dir: &Path) -> Result<(), WriteError> {
     Ok(())
 }
 
-fn create_new(path: &Path) -> Result<File, WriteError> {
-    OpenOptions::new().write(true).create_new(true).open(path).map_err(|source| io_error(path, source))
+fn is_there(path: &Path) -> Result<bool, WriteError> {
+    path.try_exists().map_err(|source| io_error(path, source))
 }
 
 fn temporary_path(path: &Path) -> PathBuf {
@@ -298,7 +426,7 @@ fn check_plan(tensors: &[PlannedTensor]) -> Result<(), WriteError> {
     }
 }
 
-/// Sort by name, fill shards greedily, and order each shard by falling alignment.
+/// Sort by name, fill shards greedily, and order each shard by falling alignment: whole cache lines, then by type.
 fn split_into_shards(
     mut tensors: Vec<PlannedTensor>,
     max_shard_bytes: u64,
@@ -317,7 +445,10 @@ fn split_into_shards(
     }
     ranges.push(start..tensors.len());
     for range in &ranges {
-        tensors[range.clone()].sort_by_key(|tensor| std::cmp::Reverse(tensor.dtype.bitsize()));
+        tensors[range.clone()].sort_by_key(|tensor| {
+            let is_aligned = num_bytes(tensor).is_multiple_of(LINE_BYTES);
+            (!is_aligned, std::cmp::Reverse(tensor.dtype.bitsize()))
+        });
     }
     let num_shards = ranges.len();
     let shards = ranges.into_iter().enumerate().map(|(index, tensors)| Shard {
@@ -330,7 +461,7 @@ fn split_into_shards(
     Ok((tensors, shards.collect()))
 }
 
-/// The length, the JSON header, and spaces up to a multiple of 8 bytes, as the format wants.
+/// The length, the JSON header, and spaces up to whole cache lines; the format wants a multiple of 8 bytes.
 fn header_bytes(tensors: &[PlannedTensor]) -> Result<Vec<u8>, WriteError> {
     let mut offset = 0;
     let infos = tensors.iter().map(|tensor| {
@@ -346,163 +477,12 @@ fn header_bytes(tensors: &[PlannedTensor]) -> Result<Vec<u8>, WriteError> {
     };
     let metadata = Metadata::new(Some(about), infos.collect()).map_err(|error| refuse(error.to_string()))?;
     let mut json = serde_json::to_vec(&metadata).map_err(|error| refuse(error.to_string()))?;
-    json.resize(json.len().next_multiple_of(8), b' ');
+    let length_bytes = size_of::<u64>();
+    json.resize((length_bytes + json.len()).next_multiple_of(LINE_BYTES as usize) - length_bytes, b' ');
     let mut header = (json.len() as u64).to_le_bytes().to_vec();
     header.extend(json);
     Ok(header)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use safetensors::SafeTensors;
-
-    fn planned(name: &str, dtype: Dtype, shape: &[usize]) -> PlannedTensor {
-        PlannedTensor { name: name.to_string(), dtype, shape: shape.to_vec() }
-    }
-
-    /// Seven tensors of all the types in use; one is empty, and the names are not in order.
-    fn plan() -> Vec<PlannedTensor> {
-        vec![
-            planned("layers.1.w", Dtype::BF16, &[3, 5]),
-            planned("layers.0.q", Dtype::I8, &[7]),
-            planned("layers.0.scale", Dtype::F32, &[2]),
-            planned("layers.0.packed", Dtype::U8, &[13]),
-            planned("layers.0.bias", Dtype::I32, &[4]),
-            planned("empty", Dtype::F16, &[0, 6]),
-            planned("norm", Dtype::F16, &[11]),
-        ]
-    }
-
-    /// Data that names its tensor, so that a swap shows.
-    fn data_of(tensor: &PlannedTensor) -> Vec<u8> {
-        let seed = tensor.name.bytes().map(usize::from).sum::<usize>();
-        (0..num_bytes(tensor) as usize).map(|i| (seed + 31 * i) as u8).collect()
-    }
-
-    fn write_all(dir: &Path, max_shard_bytes: u64, piece: usize) {
-        let mut writer = CheckpointWriter::create(dir, plan(), max_shard_bytes).unwrap();
-        let tensors = writer.tensors().to_vec();
-        for data in tensors.iter().map(data_of) {
-            data.chunks(piece).for_each(|bytes| writer.append(bytes).unwrap());
-        }
-        writer.finish().unwrap();
-    }
-
-    fn file_names(dir: &Path) -> Vec<String> {
-        let mut names: Vec<String> =
-            fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-        names.sort();
-        names
-    }
-
-    #[test]
-    fn one_shard_reads_back_with_every_type_aligned() {
-        let dir = tempfile::tempdir().unwrap();
-        write_all(dir.path(), DEFAULT_MAX_SHARD_BYTES, 4);
-        assert_eq!(file_names(dir.path()), [SINGLE_SHARD_NAME]);
-        let bytes = fs::read(dir.path().join(SINGLE_SHARD_NAME)).unwrap();
-        let read = SafeTensors::deserialize(&bytes).unwrap();
-        assert_eq!(read.len(), plan().len());
-        for tensor in plan() {
-            let view = read.tensor(&tensor.name).unwrap();
-            assert_eq!((view.dtype(), view.shape()), (tensor.dtype, &tensor.shape[..]));
-            assert_eq!(view.data(), data_of(&tensor), "{}", tensor.name);
-            let offset = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
-            assert!(offset.is_multiple_of(tensor.dtype.bitsize() / 8), "{} at {offset}", tensor.name);
-        }
-    }
-
-    #[test]
-    fn shards_split_by_name_and_the_index_names_every_tensor() {
-        let dir = tempfile::tempdir().unwrap();
-        write_all(dir.path(), 30, 1000);
-        let index: serde_json::Value = serde_json::from_slice(&fs::read(dir.path().join(INDEX_NAME)).unwrap()).unwrap();
-        assert_eq!(index["metadata"]["total_size"], 7 + 8 + 13 + 16 + 22 + 30);
-        let weight_map = index["weight_map"].as_object().unwrap();
-        let names: Vec<&str> = weight_map.keys().map(String::as_str).collect();
-        assert!(names.is_sorted() && names.len() == plan().len(), "{names:?}");
-        let shards: Vec<&str> = weight_map.values().map(|name| name.as_str().unwrap()).collect();
-        assert!(shards.is_sorted(), "consecutive names share a shard: {shards:?}");
-        for tensor in plan() {
-            let bytes = fs::read(dir.path().join(weight_map[&tensor.name].as_str().unwrap())).unwrap();
-            let read = SafeTensors::deserialize(&bytes).unwrap();
-            assert_eq!(read.tensor(&tensor.name).unwrap().data(), data_of(&tensor));
-            assert!(read.iter().map(|(_, view)| view.data().len()).sum::<usize>() <= 30);
-        }
-        let num_shards = file_names(dir.path()).len() - 1;
-        assert_eq!(shards[0], format!("model-00001-of-{num_shards:05}.safetensors"));
-    }
-
-    #[test]
-    fn a_tensor_larger_than_a_shard_has_its_own() {
-        let dir = tempfile::tempdir().unwrap();
-        write_all(dir.path(), 1, 9);
-        // Every tensor is larger than one byte; the empty one rides along with the next.
-        assert_eq!(file_names(dir.path()).len(), plan().len() + 1);
-    }
-
-    #[test]
-    fn an_interrupted_write_leaves_no_file() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut writer = CheckpointWriter::create(dir.path(), plan(), 30).unwrap();
-        for data in writer.tensors().to_vec()[..5].iter().map(data_of) {
-            writer.append(&data).unwrap();
-        }
-        assert!(file_names(dir.path()).iter().all(|name| name.ends_with(".partial")));
-        drop(writer);
-        assert!(file_names(dir.path()).is_empty());
-    }
-
-    #[test]
-    fn existing_files_are_refused_by_name_and_kept() {
-        for name in [SINGLE_SHARD_NAME, INDEX_NAME] {
-            let dir = tempfile::tempdir().unwrap();
-            fs::write(dir.path().join(name), "mine").unwrap();
-            let error = CheckpointWriter::create(dir.path(), plan(), 1000).unwrap_err();
-            assert!(matches!(&error, WriteError::TargetExists { path } if path.ends_with(name)), "{error}");
-            assert_eq!(fs::read(dir.path().join(name)).unwrap(), b"mine");
-        }
-    }
-
-    #[test]
-    fn the_temporary_file_of_another_writer_is_kept() {
-        let dir = tempfile::tempdir().unwrap();
-        let _first = CheckpointWriter::create(dir.path(), plan(), 1000).unwrap();
-        let error = CheckpointWriter::create(dir.path(), plan(), 1000).unwrap_err();
-        assert!(matches!(error, WriteError::TargetExists { .. }), "{error}");
-        assert_eq!(file_names(dir.path()).len(), 1);
-    }
-
-    #[test]
-    fn file_system_errors_are_told_apart_and_name_the_path() {
-        let path = Path::new("/checkpoint/model.safetensors");
-        let full = io_error(path, io::ErrorKind::StorageFull.into());
-        assert_eq!(full.to_string(), "/checkpoint/model.safetensors: the disk is full");
-        let denied = io_error(path, io::ErrorKind::PermissionDenied.into());
-        assert!(matches!(denied, WriteError::NotWritable { .. }), "{denied}");
-        let missing = CheckpointWriter::create(Path::new("/no/such/directory"), plan(), 1000).unwrap_err();
-        assert!(missing.to_string().starts_with("/no/such/directory"), "{missing}");
-    }
-
-    #[test]
-    fn a_plan_that_cannot_be_written_is_refused_by_tensor() {
-        let dir = tempfile::tempdir().unwrap();
-        let twice = vec![planned("a", Dtype::U8, &[3]), planned("a", Dtype::U8, &[2])];
-        let huge = vec![planned("b", Dtype::F32, &[usize::MAX, 5])];
-        let half_bytes = vec![planned("c", Dtype::F4, &[4])];
-        for (plan, name) in [(twice, "a"), (huge, "b"), (half_bytes, "c")] {
-            let error = CheckpointWriter::create(dir.path(), plan, 1000).unwrap_err();
-            assert!(matches!(&error, WriteError::Plan { name: found, .. } if found == name), "{error}");
-        }
-        assert!(file_names(dir.path()).is_empty());
-    }
-
-    #[test]
-    #[should_panic(expected = "bytes given")]
-    fn data_past_the_end_of_a_tensor_panics() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut writer = CheckpointWriter::create(dir.path(), vec![planned("a", Dtype::F32, &[3])], 1000).unwrap();
-        let _ = writer.append(&[0; 13]);
-    }
-}
+mod tests;

@@ -6,6 +6,7 @@ use moge_kernels::{Dtype, RopeLayout};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
+use crate::checkpoint_writer::JOURNAL_NAME;
 use crate::files;
 use crate::quant_scheme::QuantScheme;
 
@@ -130,6 +131,12 @@ pub enum ConfigError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The directory is what `moge quantize` left when it was stopped.
+    #[error("{dir}: not finished; the `moge quantize` that began it, run again, will go on")]
+    Unfinished {
+        /// The checkpoint's directory.
+        dir: String,
+    },
     /// The file is not a JSON object.
     #[error("{file}: not a JSON object: {problem}")]
     NotJson {
@@ -186,6 +193,9 @@ impl ModelConfig {
     pub fn load(dir: &Path) -> Result<ModelConfig, ConfigError> {
         let path = dir.join("config.json");
         let file = path.display().to_string();
+        if !files::is_there(&path) && files::is_there(&dir.join(JOURNAL_NAME)) {
+            return Err(ConfigError::Unfinished { dir: dir.display().to_string() });
+        }
         let text = files::read_file(&path).map_err(|source| ConfigError::Read { file: file.clone(), source })?;
         ModelConfig::from_json(&text, &file)
     }

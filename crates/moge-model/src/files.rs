@@ -29,8 +29,11 @@ pub(crate) fn open_file(path: &Path) -> io::Result<File> {
     File::open(path)
 }
 
-/// Read one of the small files.
-pub(crate) fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+/// Read one of the small files of a checkpoint.
+///
+/// # Errors
+/// If it is no regular file, too large, or cannot be read.
+pub fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     let file = open_file(path)?;
     let num_bytes = file.metadata()?.len();
     if num_bytes > MAX_WHOLE_BYTES {

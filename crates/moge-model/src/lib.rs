@@ -23,8 +23,11 @@ mod workspace;
 pub use batch::Batch;
 pub use chat_template::{ChatRequest, ChatTemplate, ChatTemplateError, Thinking, thinking_delimiters, thinking_tokens};
 pub use checkpoint::{Checkpoint, CheckpointError, LoadMode, StoredTensor, TensorProblem};
-pub use checkpoint_writer::{CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, PlannedTensor, WriteError};
+pub use checkpoint_writer::{
+    CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, JOURNAL_NAME, PlannedTensor, WriteError, io_error, write_file,
+};
 pub use config::{Architecture, ConfigError, MlpConfig, ModelConfig, MoeConfig, NormPlacement, RopeConfig};
+pub use files::read_file;
 pub use generation_config::{GenerationDefaults, GenerationDefaultsError};
 pub use ids::{ExpertId, TokenId};
 pub use kv_cache::KvCache;

@@ -371,6 +371,8 @@ pub struct TensorSpec {
 /// How a tensor is packed: one weight, or several of the same shape one after another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PackedSpec {
+    /// What the weight is for.
+    pub role: WeightRole,
     /// The format.
     pub format: PackedFormat,
     /// Weights in the tensor: 2 where gate and up are one tensor, else 1.
@@ -430,7 +432,7 @@ struct SpecList {
 
 impl SpecList {
     fn add(&mut self, name: String, role: WeightRole, num_parts: usize, [rows, cols]: [usize; 2]) {
-        let packed = self.quant.format(role).map(|format| PackedSpec { format, num_parts, rows, cols });
+        let packed = self.quant.format(role).map(|format| PackedSpec { role, format, num_parts, rows, cols });
         self.specs.push(TensorSpec { name, shape: vec![num_parts * rows, cols], packed });
     }
 }

@@ -29,7 +29,7 @@ pub(crate) const MAX_BATCHED_TOKENS: usize = 512;
 const MAX_RUNNING: usize = 64;
 
 /// Which model, and how it runs.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Model")]
 pub(crate) struct ModelArgs {
     #[command(flatten)]
@@ -55,7 +55,7 @@ pub(crate) struct ModelArgs {
 }
 
 /// Where the checkpoint comes from.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 #[group(required = true, multiple = false)]
 struct ModelSource {
     /// Directory of the checkpoint: config.json, safetensors, tokenizer
@@ -88,7 +88,8 @@ pub(crate) enum FormatArg {
 }
 
 impl FormatArg {
-    fn format(self) -> PackedFormat {
+    /// The format.
+    pub(crate) fn format(self) -> PackedFormat {
         match self {
             FormatArg::W8a8 => PackedFormat::W8A8,
             FormatArg::W4a8 => PackedFormat::W4A8,
@@ -211,6 +212,11 @@ impl ModelArgs {
     /// Threads to compute with.
     pub(crate) fn num_threads(&self) -> usize {
         self.threads.unwrap_or_else(available_threads)
+    }
+
+    /// The same for a baseline: weights as they lie, KV cache as precise as activations.
+    pub(crate) fn for_baseline(&self) -> ModelArgs {
+        ModelArgs { quantize: None, kv: KvArg::Auto, ..self.clone() }
     }
 
     /// True if the checkpoint is to be made first.

@@ -42,6 +42,8 @@ enum Command {
     Inspect(cmd::inspect::InspectArgs),
     Bench(Box<cmd::bench::BenchArgs>),
     Synth(Box<cmd::synth::SynthArgs>),
+    Quantize(cmd::quantize::QuantizeArgs),
+    Perplexity(Box<cmd::perplexity::PerplexityArgs>),
     /// Print a completion script for a shell
     Completions {
         /// Which shell
@@ -72,6 +74,8 @@ fn main() -> ExitCode {
         Command::Inspect(args) => cmd::inspect::run(&args),
         Command::Bench(args) => cmd::bench::run(&args),
         Command::Synth(args) => cmd::synth::run(&args),
+        Command::Quantize(args) => cmd::quantize::run(&args),
+        Command::Perplexity(args) => cmd::perplexity::run(&args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "moge", &mut script);

@@ -22,7 +22,7 @@ mod rows;
 mod tests;
 mod tile;
 
-pub use pack::{PackError, pack_panel};
+pub use pack::{PackError, pack_levels, pack_panel};
 pub use product::{ExpertsDown, packed_experts_down, packed_gemm, packed_swiglu};
 pub use rows::QuantizedRows;
 

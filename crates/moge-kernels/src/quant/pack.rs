@@ -4,7 +4,7 @@ use half::f16;
 
 use super::{PANEL_ROWS, PackedFormat, W4_BLOCK_BYTES, W8_SCALE_BYTES};
 use crate::isa::Isa;
-use crate::simd::{BLOCK_LEN, BYTE_BYTES, HALF_ROWS, NIBBLE_BYTES, RUN_STRIDE, Simd, SimdOp};
+use crate::simd::{Aligned, BLOCK_LEN, BYTE_BYTES, HALF_ROWS, NIBBLE_BYTES, RUN_STRIDE, Simd, SimdOp};
 
 /// What rounding did to some weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -38,8 +38,9 @@ impl PackError {
 
 /// Quantise up to [`PANEL_ROWS`] rows of `cols` weights into one panel, `out`. Missing rows become zero.
 ///
-/// A scale is chosen among candidates near that which just covers the largest weight, each improved by least squares,
-/// for the least squared error: over a quant block in W4A8, over a row in W8A8.
+/// A scale is chosen for the least squared error among candidates near that which just covers the largest weight: over
+/// a quant block in W4A8, where least squares improve each candidate, over a row in W8A8. The bytes depend on the
+/// weights and on `isa`, whose sums are ordered in its own way.
 ///
 /// # Panics
 /// If `rows` is longer than a panel or not whole rows, if the format does not allow `cols`, or if `out` does not
@@ -48,195 +49,352 @@ pub fn pack_panel(isa: Isa, format: PackedFormat, rows: &[f32], cols: usize, out
     assert!(format.allows_cols(cols), "{format:?} of {cols} columns");
     assert!(rows.len().is_multiple_of(cols) && rows.len() <= PANEL_ROWS * cols, "{} weights", rows.len());
     assert_eq!(out.len(), format.panel_bytes(cols), "bytes of a panel");
-    // Zero weights, zero scales.
     match format {
         PackedFormat::W8A8 => {
-            let num_weight_bytes = out.len() - W8_SCALE_BYTES;
-            out[..num_weight_bytes].fill(128);
-            out[num_weight_bytes..].fill(0);
+            clear_byte_panel(out);
+            let rows = rows.chunks_exact(cols).enumerate();
+            let errors = rows.map(|(row, weights)| isa.run(PackByteRow { weights, row, out }));
+            errors.fold(PackError::default(), PackError::merge)
         }
-        PackedFormat::W4A8 => out.chunks_exact_mut(W4_BLOCK_BYTES).for_each(|block| {
-            block[..NIBBLE_BYTES].fill(0x88);
-            block[NIBBLE_BYTES..].fill(0);
-        }),
+        PackedFormat::W4A8 => isa.run(PackNibbles { rows, cols, out }),
     }
-    let errors = rows.chunks_exact(cols).enumerate().map(|(row, weights)| match format {
-        PackedFormat::W8A8 => isa.run(PackBytes { weights, row, out }),
-        PackedFormat::W4A8 => isa.run(PackNibbles { weights, row, out }),
-    });
-    errors.fold(PackError::default(), PackError::merge)
+}
+
+/// Put up to [`PANEL_ROWS`] rows of `cols` weights that are quantised already, `scales[row] * levels[row][col]`, into one
+/// W8A8 panel, `out`. Nothing is rounded. Missing rows become zero.
+///
+/// # Panics
+/// If `levels` is not a row for each of `scales`, if there are more than a panel has, if the format does not allow
+/// `cols`, or if `out` does not have [`PackedFormat::panel_bytes`].
+pub fn pack_levels(levels: &[i8], scales: &[f32], cols: usize, out: &mut [u8]) {
+    assert!(PackedFormat::W8A8.allows_cols(cols) && scales.len() <= PANEL_ROWS, "{} x {cols}", scales.len());
+    assert_eq!(levels.len(), scales.len() * cols, "levels");
+    assert_eq!(out.len(), PackedFormat::W8A8.panel_bytes(cols), "bytes of a panel");
+    clear_byte_panel(out);
+    for (row, (levels, &scale)) in levels.chunks_exact(cols).zip(scales).enumerate() {
+        for (col, &level) in levels.iter().enumerate() {
+            out[byte_place(row, col)] = (i32::from(level) + 128) as u8;
+        }
+        put_row_scale(out, row, scale);
+    }
+}
+
+/// Zero weights, zero scales.
+fn clear_byte_panel(out: &mut [u8]) {
+    let num_weight_bytes = out.len() - W8_SCALE_BYTES;
+    out[..num_weight_bytes].fill(128);
+    out[num_weight_bytes..].fill(0);
+}
+
+fn put_row_scale(out: &mut [u8], row: usize, scale: f32) {
+    let place = out.len() - W8_SCALE_BYTES + 4 * row;
+    out[place..place + 4].copy_from_slice(&scale.to_le_bytes());
 }
 
 /// Byte of row `row`, column `col` in a W8A8 panel.
+#[inline(always)]
 fn byte_place(row: usize, col: usize) -> usize {
     let half = row / HALF_ROWS * (BYTE_BYTES / 2);
     col / BLOCK_LEN * BYTE_BYTES + half + col % BLOCK_LEN / 4 * RUN_STRIDE + row % HALF_ROWS * 4 + col % 4
 }
 
 /// Byte of row `row`, columns `col` and `col + 16` in the nibbles of a W4A8 block; `col` is below 16.
+#[inline(always)]
 fn nibble_place(row: usize, col: usize) -> usize {
     row / HALF_ROWS * (NIBBLE_BYTES / 2) + col / 4 * RUN_STRIDE + row % HALF_ROWS * 4 + col % 4
 }
 
-/// One row of a W8A8 panel.
-struct PackBytes<'a> {
+/// Added to a whole number of small magnitude, it leaves that number in the low bits of the sum, in two's complement.
+const TO_INTEGER: f32 = 12_582_912.0;
+
+/// One row of a W8A8 panel that is clear.
+struct PackByteRow<'a> {
     weights: &'a [f32],
     row: usize,
     out: &'a mut [u8],
 }
 
-impl SimdOp for PackBytes<'_> {
+/// Largest level of W8A8: symmetric.
+const MAX_BYTE: f32 = 127.0;
+
+impl SimdOp for PackByteRow<'_> {
     type Output = PackError;
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) -> PackError {
-        /// Scales tried: the largest weight at 127, and up to a tenth less range.
-        const NUM_CANDIDATES: usize = 9;
-        let largest = largest_finite(self.weights);
-        let mut best = Fit { scale: 0.0, gain: 0.0 };
-        for candidate in 0..NUM_CANDIDATES {
-            let scale = largest / 127.0 * (1.0 - candidate as f32 / 80.0);
-            best = best.better(fit(self.weights, scale, 127.0));
+    fn run<S: Simd>(self, simd: S) -> PackError {
+        let largest = largest_magnitude(self.weights);
+        if !largest.is_finite() {
+            return self.without_non_finite(simd);
         }
-        let mut error = PackError::default();
+        let scale = byte_scale(simd, self.weights, largest);
+        let inverse = inverse(scale);
+        let mut sums = [simd.splat(0.0); 2];
+        let mut max_error = simd.splat(0.0);
+        let mut levels = [0.0; BLOCK_LEN];
         for (block, weights) in self.weights.chunks(BLOCK_LEN).enumerate() {
-            for (k, &weight) in weights.iter().enumerate() {
-                let level = level(weight, inverse(best.scale), 127.0);
-                error = error.merge(error_of(weight, level * best.scale));
-                self.out[byte_place(self.row, block * BLOCK_LEN + k)] = (level as i32 + 128) as u8;
+            let mut padded = [0.0; BLOCK_LEN];
+            padded[..weights.len()].copy_from_slice(weights);
+            for start in (0..BLOCK_LEN).step_by(S::LANES) {
+                let w = simd.load(&padded[start..]);
+                let level = clamp(simd, simd.mul(w, simd.splat(inverse)), -MAX_BYTE, MAX_BYTE);
+                let error = simd.mul_add(level, simd.splat(-scale), w);
+                sums = [simd.mul_add(w, w, sums[0]), simd.mul_add(error, error, sums[1])];
+                max_error = simd.max(max_error, simd.max(error, simd.sub(simd.splat(0.0), error)));
+                simd.store(&mut levels[start..], level);
+            }
+            let first = byte_place(self.row, block * BLOCK_LEN);
+            for run in 0..BLOCK_LEN / 4 {
+                for i in 0..4 {
+                    let bits = (levels[4 * run + i] + (TO_INTEGER + 128.0)).to_bits();
+                    self.out[first + run * RUN_STRIDE + i] = bits as u8;
+                }
             }
         }
-        let place = self.out.len() - W8_SCALE_BYTES + 4 * self.row;
-        self.out[place..place + 4].copy_from_slice(&best.scale.to_le_bytes());
-        error
+        put_row_scale(self.out, self.row, scale);
+        PackError {
+            squared_sum: f64::from(simd.sum(sums[0])),
+            squared_error: f64::from(simd.sum(sums[1])),
+            max_error: max_lane(simd, max_error),
+            num_non_finite: 0,
+        }
     }
 }
 
-/// One row of a W4A8 panel.
+impl PackByteRow<'_> {
+    /// Pack the row with zeros for what is not finite.
+    #[cold]
+    fn without_non_finite<S: Simd>(self, simd: S) -> PackError {
+        let finite: Vec<f32> = self.weights.iter().map(|&w| if w.is_finite() { w } else { 0.0 }).collect();
+        let num_non_finite = self.weights.iter().filter(|w| !w.is_finite()).count();
+        PackError { num_non_finite, ..PackByteRow { weights: &finite, ..self }.run(simd) }
+    }
+}
+
+/// The scale with the least squared error for a row whose largest magnitude is `largest`.
+#[inline(always)]
+fn byte_scale<S: Simd>(simd: S, weights: &[f32], largest: f32) -> f32 {
+    /// Scales tried: the largest weight at 127, and up to a tenth less range.
+    const NUM_CANDIDATES: usize = 9;
+    /// Candidates that share a load of the weights.
+    const SIDE_BY_SIDE: usize = 3;
+    let candidate = |index: usize| largest / MAX_BYTE * (1.0 - index as f32 / 80.0);
+    let (mut best, mut least) = (candidate(0), f32::INFINITY);
+    for first in (0..NUM_CANDIDATES).step_by(SIDE_BY_SIDE) {
+        let scales: [f32; SIDE_BY_SIDE] = std::array::from_fn(|i| candidate(first + i));
+        let mut vectors = [(simd.splat(0.0), simd.splat(0.0)); SIDE_BY_SIDE];
+        for i in 0..SIDE_BY_SIDE {
+            vectors[i] = (simd.splat(inverse(scales[i])), simd.splat(-scales[i]));
+        }
+        let mut sums = [simd.splat(0.0); SIDE_BY_SIDE];
+        for weights in weights.chunks(S::LANES) {
+            let whole = weights.len() == S::LANES;
+            let w = if whole { simd.load(weights) } else { simd.load_part(weights, 0.0) };
+            for i in 0..SIDE_BY_SIDE {
+                let level = clamp(simd, simd.mul(w, vectors[i].0), -MAX_BYTE, MAX_BYTE);
+                let error = simd.mul_add(level, vectors[i].1, w);
+                sums[i] = simd.mul_add(error, error, sums[i]);
+            }
+        }
+        for i in 0..SIDE_BY_SIDE {
+            let error = simd.sum(sums[i]);
+            if error < least {
+                (best, least) = (scales[i], error);
+            }
+        }
+    }
+    if best >= f32::MIN_POSITIVE { best } else { 0.0 }
+}
+
+/// A W4A8 panel.
 struct PackNibbles<'a> {
-    weights: &'a [f32],
-    row: usize,
+    rows: &'a [f32],
+    cols: usize,
     out: &'a mut [u8],
 }
+
+/// One number for each of the weight rows that lie side by side.
+type Lanes = [f32; HALF_ROWS];
 
 impl SimdOp for PackNibbles<'_> {
     type Output = PackError;
 
     #[inline(always)]
-    fn run<S: Simd>(self, _: S) -> PackError {
+    fn run<S: Simd>(self, simd: S) -> PackError {
         let mut error = PackError::default();
-        for (weights, out) in self.weights.chunks_exact(BLOCK_LEN).zip(self.out.chunks_exact_mut(W4_BLOCK_BYTES)) {
-            let scale = nibble_scale(weights);
-            let inverse = inverse(scale.to_f32());
-            let mut nibbles = [0u8; BLOCK_LEN];
-            for (nibble, &weight) in nibbles.iter_mut().zip(weights) {
-                let level = level(weight, inverse, 7.0);
-                error = error.merge(error_of(weight, level * scale.to_f32()));
-                *nibble = (level as i32 + 8) as u8;
+        for (index, out) in self.out.chunks_exact_mut(W4_BLOCK_BYTES).enumerate() {
+            for half in 0..PANEL_ROWS / HALF_ROWS {
+                let mut columns = Aligned([[0.0; HALF_ROWS]; BLOCK_LEN]);
+                let rows = self.rows.chunks_exact(self.cols).skip(half * HALF_ROWS);
+                for (lane, weights) in rows.take(HALF_ROWS).enumerate() {
+                    let weights = &weights[index * BLOCK_LEN..(index + 1) * BLOCK_LEN];
+                    for k in 0..BLOCK_LEN {
+                        columns.0[k][lane] = weights[k];
+                    }
+                }
+                error = error.merge(pack_half_block(simd, &mut columns.0, half, out));
             }
-            for col in 0..BLOCK_LEN / 2 {
-                out[nibble_place(self.row, col)] = nibbles[col] | nibbles[col + 16] << 4;
-            }
-            let place = NIBBLE_BYTES + 2 * self.row;
-            out[place..place + 2].copy_from_slice(&scale.to_le_bytes());
         }
         error
     }
 }
 
-/// The best scale of one quant block. It may be negative: -8 is a level, 8 is not.
+/// Pack a quant block of each of half a panel's rows, `columns[column][row]`, into `out`, the block.
 #[inline(always)]
-fn nibble_scale(weights: &[f32]) -> f16 {
-    /// Levels tried for the largest weight; in steps of an eighth, -6 to -9.
-    const NUM_CANDIDATES: usize = 25;
-    let largest = largest_finite(weights);
-    let sign = if weights.contains(&largest) { -1.0 } else { 1.0 };
-    let mut best = Fit { scale: 0.0, gain: 0.0 };
-    for candidate in 0..NUM_CANDIDATES {
-        let scale = sign * largest / (6.0 + candidate as f32 / 8.0);
-        best = best.better(fit(weights, scale, 7.0));
+fn pack_half_block<S: Simd>(simd: S, columns: &mut [Lanes; BLOCK_LEN], half: usize, out: &mut [u8]) -> PackError {
+    let num_non_finite = clear_non_finite(columns);
+    let mut scales = nibble_scales(simd, columns);
+    for (row, scale) in scales.iter_mut().enumerate() {
+        let stored = f16::from_f32(scale.clamp(f16::MIN.to_f32(), f16::MAX.to_f32()));
+        let place = NIBBLE_BYTES + 2 * (half * HALF_ROWS + row);
+        out[place..place + 2].copy_from_slice(&stored.to_le_bytes());
+        *scale = stored.to_f32();
     }
-    let limit = f16::MAX.to_f32();
-    f16::from_f32(best.scale.clamp(-limit, limit))
-}
-
-/// The largest magnitude among the finite weights.
-#[inline(always)]
-fn largest_finite(weights: &[f32]) -> f32 {
-    weights.iter().fold(0.0, |largest: f32, w| if w.is_finite() { largest.max(w.abs()) } else { largest })
-}
-
-/// `1 / scale`, or zero for a scale of zero.
-#[inline(always)]
-fn inverse(scale: f32) -> f32 {
-    if scale == 0.0 { 0.0 } else { 1.0 / scale }
-}
-
-/// The level of a weight, in `-max_level - 1..=max_level` for four bits and `-max_level..` for eight; zero if the weight is not finite.
-#[inline(always)]
-fn level(weight: f32, inverse_scale: f32, max_level: f32) -> f32 {
-    let min_level = if max_level < 8.0 { -max_level - 1.0 } else { -max_level };
-    let level = (weight * inverse_scale).round_ties_even().clamp(min_level, max_level);
-    if weight.is_finite() { level } else { 0.0 }
-}
-
-/// A scale and how much of the squared sum it explains.
-#[derive(Clone, Copy)]
-struct Fit {
-    scale: f32,
-    gain: f32,
-}
-
-impl Fit {
-    #[inline(always)]
-    fn better(self, other: Fit) -> Fit {
-        if other.gain > self.gain { other } else { self }
+    let inverses = scales.map(inverse);
+    let mut levels = [[0.0; HALF_ROWS]; BLOCK_LEN];
+    let mut error = PackError { num_non_finite, ..PackError::default() };
+    for start in (0..HALF_ROWS).step_by(S::LANES) {
+        let (scale, inverse) = (simd.load(&scales[start..]), simd.load(&inverses[start..]));
+        let mut sums = [simd.splat(0.0); 2];
+        let mut max_error = simd.splat(0.0);
+        for k in 0..BLOCK_LEN {
+            let w = simd.load(&columns[k][start..]);
+            let level = nibble_level(simd, w, inverse);
+            let error = simd.sub(w, simd.mul(level, scale));
+            sums = [simd.mul_add(w, w, sums[0]), simd.mul_add(error, error, sums[1])];
+            max_error = simd.max(max_error, simd.max(error, simd.sub(simd.splat(0.0), error)));
+            simd.store(&mut levels[k][start..], level);
+        }
+        error.squared_sum += f64::from(simd.sum(sums[0]));
+        error.squared_error += f64::from(simd.sum(sums[1]));
+        error.max_error = error.max_error.max(max_lane(simd, max_error));
     }
-}
-
-/// Round with `scale`; then the scale that fits these levels best, and its gain: with levels `q`, the squared error is
-/// `sum(w^2) - sum(w q)^2 / sum(q^2)` at the scale `sum(w q) / sum(q^2)`.
-#[inline(always)]
-fn fit(weights: &[f32], scale: f32, max_level: f32) -> Fit {
-    /// Sums side by side, so that the compiler can use registers.
-    const LANES: usize = 16;
-    let inverse = inverse(scale);
-    let (mut products, mut squares) = ([0.0f32; LANES], [0.0f32; LANES]);
-    let mut chunks = weights.chunks_exact(LANES);
-    for chunk in &mut chunks {
-        for i in 0..LANES {
-            let level = level(chunk[i], inverse, max_level);
-            products[i] += if chunk[i].is_finite() { chunk[i] * level } else { 0.0 };
-            squares[i] += level * level;
+    for k in 0..BLOCK_LEN / 2 {
+        let first = nibble_place(half * HALF_ROWS, k);
+        for row in 0..HALF_ROWS {
+            let nibble = |level: f32| (level + (TO_INTEGER + 8.0)).to_bits() as u8 & 15;
+            out[first + 4 * row] = nibble(levels[k][row]) | nibble(levels[k + BLOCK_LEN / 2][row]) << 4;
         }
     }
-    for (i, &weight) in chunks.remainder().iter().enumerate() {
-        let level = level(weight, inverse, max_level);
-        products[i] += if weight.is_finite() { weight * level } else { 0.0 };
-        squares[i] += level * level;
+    error
+}
+
+/// Levels tried for the largest weight of a quant block; among equals the first is taken. Twice as many would make the
+/// error of Gaussian weights 0.02 % less.
+const NIBBLE_CANDIDATES: [f32; 12] = [8.0, 7.0, 7.75, 8.25, 7.5, 8.5, 7.25, 8.75, 6.75, 9.0, 6.5, 6.25];
+
+/// The best scale of the quant block of each row. It may be negative: -8 is a level, 8 is not, so the largest weight is
+/// given a negative one.
+#[inline(always)]
+fn nibble_scales<S: Simd>(simd: S, columns: &[Lanes; BLOCK_LEN]) -> Lanes {
+    /// Candidates that share a load of the weights.
+    const SIDE_BY_SIDE: usize = 4;
+    let mut scales = [0.0; HALF_ROWS];
+    let mut gains = [0.0; HALF_ROWS];
+    let covering = covering(simd, columns);
+    for candidates in NIBBLE_CANDIDATES.as_chunks::<SIDE_BY_SIDE>().0 {
+        let mut products = [[0.0; HALF_ROWS]; SIDE_BY_SIDE];
+        let mut squares = [[0.0; HALF_ROWS]; SIDE_BY_SIDE];
+        for start in (0..HALF_ROWS).step_by(S::LANES) {
+            let covering = simd.load(&covering[start..]);
+            let mut inverses = [covering; SIDE_BY_SIDE];
+            for i in 0..SIDE_BY_SIDE {
+                inverses[i] = simd.mul(simd.splat(candidates[i]), covering);
+            }
+            let mut product = [simd.splat(0.0); SIDE_BY_SIDE];
+            let mut square = [simd.splat(0.0); SIDE_BY_SIDE];
+            for column in columns {
+                let w = simd.load(&column[start..]);
+                for i in 0..SIDE_BY_SIDE {
+                    let level = nibble_level(simd, w, inverses[i]);
+                    product[i] = simd.mul_add(level, w, product[i]);
+                    square[i] = simd.mul_add(level, level, square[i]);
+                }
+            }
+            for i in 0..SIDE_BY_SIDE {
+                simd.store(&mut products[i][start..], product[i]);
+                simd.store(&mut squares[i][start..], square[i]);
+            }
+        }
+        // The scale that least squares give takes `product^2 / square` off the squared error.
+        for (product, square) in products.iter().zip(&squares) {
+            for row in 0..HALF_ROWS {
+                let scale = product[row] / square[row];
+                let gain = product[row] * scale;
+                scales[row] = if gain > gains[row] { scale } else { scales[row] };
+                gains[row] = if gain > gains[row] { gain } else { gains[row] };
+            }
+        }
     }
-    let (product, square): (f32, f32) = (products.iter().sum(), squares.iter().sum());
-    if square == 0.0 {
-        Fit { scale: 0.0, gain: 0.0 }
-    } else {
-        Fit { scale: product / square, gain: product * product / square }
+    scales
+}
+
+/// For each row the inverse of the scale that would make its weight of largest magnitude -1; zero if all are zero.
+#[inline(always)]
+fn covering<S: Simd>(simd: S, columns: &[Lanes; BLOCK_LEN]) -> Lanes {
+    let (mut highest, mut lowest) = ([0.0; HALF_ROWS], [0.0; HALF_ROWS]);
+    for start in (0..HALF_ROWS).step_by(S::LANES) {
+        let (mut high, mut low) = (simd.splat(0.0), simd.splat(0.0));
+        for column in columns {
+            let w = simd.load(&column[start..]);
+            (high, low) = (simd.max(high, w), simd.min(low, w));
+        }
+        simd.store(&mut highest[start..], high);
+        simd.store(&mut lowest[start..], low);
     }
+    std::array::from_fn(|row| -inverse(if highest[row] >= -lowest[row] { highest[row] } else { lowest[row] }))
+}
+
+/// The level of each weight, -8 to 7.
+#[inline(always)]
+fn nibble_level<S: Simd>(simd: S, w: S::Vector, inverse_scale: S::Vector) -> S::Vector {
+    clamp(simd, simd.mul(w, inverse_scale), -8.0, 7.0)
+}
+
+/// The nearest whole number between two.
+#[inline(always)]
+fn clamp<S: Simd>(simd: S, x: S::Vector, min: f32, max: f32) -> S::Vector {
+    simd.min(simd.max(simd.round(x), simd.splat(min)), simd.splat(max))
+}
+
+/// `1 / scale`; zero where that would not be finite.
+#[inline(always)]
+fn inverse(scale: f32) -> f32 {
+    if scale.abs() >= f32::MIN_POSITIVE { 1.0 / scale } else { 0.0 }
 }
 
 #[inline(always)]
-fn error_of(weight: f32, packed: f32) -> PackError {
-    if !weight.is_finite() {
-        return PackError { num_non_finite: 1, ..PackError::default() };
-    }
-    let error = weight - packed;
-    PackError {
-        squared_sum: f64::from(weight) * f64::from(weight),
-        squared_error: f64::from(error) * f64::from(error),
-        max_error: error.abs(),
-        num_non_finite: 0,
-    }
+fn max_lane<S: Simd>(simd: S, v: S::Vector) -> f32 {
+    let mut lanes = [0.0; crate::simd::MAX_LANES];
+    simd.store(&mut lanes, v);
+    lanes.into_iter().fold(0.0, f32::max)
 }
 
+/// The largest magnitude; not finite if one is not.
+#[inline(always)]
+fn largest_magnitude(weights: &[f32]) -> f32 {
+    /// Maxima side by side, so that the compiler can use registers.
+    const LANES: usize = 16;
+    let mut largest = [0u32; LANES];
+    let (chunks, rest) = weights.as_chunks::<LANES>();
+    // Magnitudes compare like their bits, and NaN is the largest of all.
+    for chunk in chunks {
+        for i in 0..LANES {
+            largest[i] = largest[i].max(chunk[i].to_bits() & 0x7fff_ffff);
+        }
+    }
+    let rest = rest.iter().map(|w| w.to_bits() & 0x7fff_ffff);
+    f32::from_bits(largest.into_iter().chain(rest).fold(0, u32::max))
+}
+
+/// Put zeros where a weight is not finite, and count them.
+#[inline(always)]
+fn clear_non_finite(columns: &mut [Lanes; BLOCK_LEN]) -> usize {
+    if largest_magnitude(columns.as_flattened()).is_finite() {
+        return 0;
+    }
+    let bad = columns.as_flattened_mut().iter_mut().filter(|w| !w.is_finite());
+    bad.map(|w| *w = 0.0).count()
+}
 /// The weights of row `row` of a panel.
 pub(super) fn unpack_row(panel: &[u8], format: PackedFormat, row: usize, out: &mut [f32]) {
     match format {
@@ -260,3 +418,6 @@ pub(super) fn unpack_row(panel: &[u8], format: PackedFormat, row: usize, out: &m
         }
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests;

@@ -4,5 +4,7 @@ pub(crate) mod bench;
 pub(crate) mod chat;
 pub(crate) mod generate;
 pub(crate) mod inspect;
+pub(crate) mod perplexity;
+pub(crate) mod quantize;
 pub(crate) mod synth;
 pub(crate) mod tokenize;

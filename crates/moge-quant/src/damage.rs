@@ -1,0 +1,129 @@
+//! What rounding did to the weights of a checkpoint.
+
+use moge_kernels::PackError;
+use moge_model::{PackedSpec, WeightRole, format_name};
+use serde::{Deserialize, Serialize};
+
+/// Sums over a tensor's weights, as the journal keeps them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Rounding {
+    squared_sum: f64,
+    squared_error: f64,
+    max_error: f32,
+}
+
+impl From<PackError> for Rounding {
+    fn from(error: PackError) -> Rounding {
+        let PackError { squared_sum, squared_error, max_error, .. } = error;
+        Rounding { squared_sum, squared_error, max_error }
+    }
+}
+
+impl Rounding {
+    /// Root of the squared error over the squared weights; 0 if all weights are.
+    fn relative(self) -> f64 {
+        if self.squared_sum > 0.0 { (self.squared_error / self.squared_sum).sqrt() } else { 0.0 }
+    }
+}
+
+/// What rounding did to one tensor.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TensorDamage {
+    /// The tensor's name.
+    pub name: String,
+    /// What it is for, as `quantization_config` has it.
+    pub role: &'static str,
+    /// Its format.
+    pub format: &'static str,
+    /// Root mean square of the difference, over that of the weights.
+    pub relative_error: f64,
+    /// The largest difference.
+    pub max_error: f32,
+    #[serde(skip)]
+    rounding: Rounding,
+}
+
+/// What rounding did to all tensors of one role.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RoleDamage {
+    /// The role, as `quantization_config` has it.
+    pub role: &'static str,
+    /// The format of its tensors.
+    pub format: &'static str,
+    /// How many there are.
+    pub num_tensors: usize,
+    /// Root mean square of the differences, over that of the weights.
+    pub relative_error: f64,
+    /// The largest difference.
+    pub max_error: f32,
+    /// The tensor with the largest relative error.
+    pub worst_tensor: String,
+    /// Its relative error.
+    pub worst_relative_error: f64,
+}
+
+/// What rounding did to a checkpoint.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Damage {
+    /// By role.
+    pub roles: Vec<RoleDamage>,
+    /// By tensor, in the order of the files. Those that are not packed are left out.
+    pub tensors: Vec<TensorDamage>,
+}
+
+impl TensorDamage {
+    pub(crate) fn new(name: String, packed: PackedSpec, rounding: Rounding) -> TensorDamage {
+        let (role, format) = (role_name(packed.role), format_name(Some(packed.format)));
+        TensorDamage {
+            name,
+            role,
+            format,
+            relative_error: rounding.relative(),
+            max_error: rounding.max_error,
+            rounding,
+        }
+    }
+}
+
+impl Damage {
+    pub(crate) fn of(tensors: Vec<TensorDamage>) -> Damage {
+        let mut names: Vec<&'static str> = tensors.iter().map(|tensor| tensor.role).collect();
+        names.sort_unstable();
+        names.dedup();
+        let of_role = |role| RoleDamage::of(&tensors.iter().filter(|t| t.role == role).collect::<Vec<_>>());
+        Damage { roles: names.into_iter().filter_map(of_role).collect(), tensors }
+    }
+}
+
+impl RoleDamage {
+    /// Of tensors of one role; `None` if there are none.
+    fn of(tensors: &[&TensorDamage]) -> Option<RoleDamage> {
+        let worst = tensors.iter().max_by(|a, b| a.relative_error.total_cmp(&b.relative_error))?;
+        let sum = tensors.iter().fold(Rounding::default(), |sum, tensor| Rounding {
+            squared_sum: sum.squared_sum + tensor.rounding.squared_sum,
+            squared_error: sum.squared_error + tensor.rounding.squared_error,
+            max_error: sum.max_error.max(tensor.max_error),
+        });
+        Some(RoleDamage {
+            role: worst.role,
+            format: worst.format,
+            num_tensors: tensors.len(),
+            relative_error: sum.relative(),
+            max_error: sum.max_error,
+            worst_tensor: worst.name.clone(),
+            worst_relative_error: worst.relative_error,
+        })
+    }
+}
+
+/// The field of `quantization_config` that says how weights of this role are quantised.
+pub(crate) fn role_name(role: WeightRole) -> &'static str {
+    match role {
+        WeightRole::Embedding => "embedding",
+        WeightRole::Attention => "attention",
+        WeightRole::Router => "router",
+        WeightRole::Mlp => "mlp",
+        WeightRole::SharedExpert => "shared_expert",
+        WeightRole::Head => "lm_head",
+    }
+}

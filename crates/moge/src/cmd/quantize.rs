@@ -1,0 +1,144 @@
+//! `moge quantize`: a checkpoint to one in the packed layout.
+
+use std::fmt;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::builder::RangedU64ValueParser;
+use clap::{Args, ValueEnum};
+use indicatif::DecimalBytes;
+use moge_model::{Cpu, Isa, MAX_THREADS, PackedFormat, QuantScheme, WriteError, available_threads};
+use moge_quant::{Damage, Job, QuantizeError};
+
+use crate::cmd::synth::check_free_space;
+use crate::frontend::FormatArg;
+use crate::interrupt::Interrupt;
+use crate::{output, progress};
+
+/// Quantise a checkpoint once and for all: smaller, faster, and mapped as it lies at every start
+///
+/// Reads checkpoints in f32, f16 and bf16, and the official int8 ones (quant_model_weight*.safetensors). Norms, routers,
+/// embedding and biases stay as they are. Needs little memory, whatever the size. Stopped or killed, it goes on when the
+/// same command is run again.
+#[derive(Debug, Args)]
+pub(crate) struct QuantizeArgs {
+    /// Directory of the checkpoint
+    #[arg(short, long, value_name = "DIR")]
+    model: PathBuf,
+    /// Directory to write: new, empty, or what an earlier run left unfinished
+    #[arg(short, long, value_name = "DIR")]
+    out: PathBuf,
+    /// Format of all weights but the head: w8a8 has eight bits per weight, w4a8 four and a half
+    #[arg(long, value_enum)]
+    scheme: FormatArg,
+    /// Another format for the shared expert
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    shared_expert: Option<RoleFormat>,
+    /// Another format for the projections of attention
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    attention: Option<RoleFormat>,
+    /// Format of the output head
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "w8a8")]
+    lm_head: RoleFormat,
+    /// Worker threads, at most 4096 [default: the processors this process may use]
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_THREADS as u64))]
+    threads: Option<usize>,
+    /// Write what rounding did to every tensor to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+}
+
+/// How weights of one role are quantised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum RoleFormat {
+    W8a8,
+    W4a8,
+    /// As they are.
+    None,
+}
+
+impl RoleFormat {
+    fn format(self) -> Option<PackedFormat> {
+        match self {
+            RoleFormat::W8a8 => Some(PackedFormat::W8A8),
+            RoleFormat::W4a8 => Some(PackedFormat::W4A8),
+            RoleFormat::None => None,
+        }
+    }
+}
+
+/// Quantise as `args` say, and print what that did to the weights.
+pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
+    let job = Job::open(&args.model, &args.out, args.scheme())?;
+    let (output_bytes, missing_bytes) = (job.output_bytes(), job.missing_bytes());
+    check_free_space(&args.out, missing_bytes)?;
+    if missing_bytes < output_bytes {
+        let done = DecimalBytes(output_bytes - missing_bytes);
+        tracing::warn!("{}: going on after {done} of {}", args.out.display(), DecimalBytes(output_bytes));
+    }
+    let interrupt = Interrupt::install()?;
+    let working = interrupt.answering();
+    let cpu = Cpu::new(Isa::select()?, args.threads.unwrap_or_else(available_threads));
+    let bar = progress::bytes("quantising");
+    let mut is_first = true;
+    let result = job.run(&cpu, &mut |done, total| {
+        progress::set(&bar, done, total);
+        if std::mem::take(&mut is_first) {
+            // What an earlier run did says nothing about the rate of this one.
+            bar.reset_eta();
+        }
+        if interrupt.requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    drop(working);
+    bar.finish_and_clear();
+    let damage = match result {
+        Ok(damage) => damage,
+        Err(error @ QuantizeError::Stopped { .. }) => {
+            output::say_line(error);
+            interrupt.leave();
+        }
+        Err(error @ QuantizeError::Write(WriteError::DiskFull { .. })) => {
+            bail!("{error}; with more space the same command, run again, will go on");
+        }
+        Err(error) => return Err(error.into()),
+    };
+    if let Some(file) = &args.report {
+        let json = serde_json::to_string_pretty(&damage)?;
+        std::fs::write(file, json + "\n").with_context(|| file.display().to_string())?;
+    }
+    output::print(Summary { args, output_bytes, damage: &damage })
+}
+
+impl QuantizeArgs {
+    fn scheme(&self) -> QuantScheme {
+        let uniform = QuantScheme::uniform(self.scheme.format());
+        QuantScheme {
+            mlp: uniform.mlp,
+            shared_expert: self.shared_expert.map_or(uniform.shared_expert, RoleFormat::format),
+            attention: self.attention.map_or(uniform.attention, RoleFormat::format),
+            lm_head: self.lm_head.format(),
+        }
+    }
+}
+
+/// What is printed at the end.
+struct Summary<'a> {
+    args: &'a QuantizeArgs,
+    output_bytes: u64,
+    damage: &'a Damage,
+}
+
+impl fmt::Display for Summary<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}: {}", self.args.out.display(), DecimalBytes(self.output_bytes))?;
+        writeln!(f, "role           format  tensors  relative error  largest difference  worst tensor")?;
+        for role in &self.damage.roles {
+            let (name, format, tensors) = (role.role, role.format, role.num_tensors);
+            let (error, largest) = (100.0 * role.relative_error, role.max_error);
+            write!(f, "{name:<14} {format:<7} {tensors:>7} {error:>13.3} % {largest:>19.6}  ")?;
+            writeln!(f, "{} ({:.3} %)", output::plain(&role.worst_tensor), 100.0 * role.worst_relative_error)?;
+        }
+        Ok(())
+    }
+}
