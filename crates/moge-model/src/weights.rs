@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use half::{bf16, f16};
-use moge_kernels::{Cpu, Dtype, Elements, Matrix, PANEL_ROWS, PackedFormat, PackedMatrix, pack_panel};
+use moge_kernels::{Cpu, Dtype, Elements, Isa, Matrix, PANEL_ROWS, PackedFormat, PackedMatrix, pack_panel};
 use safetensors::tensor::Dtype as StoredDtype;
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Storage, StoredTensor, TensorProblem};
@@ -116,7 +116,7 @@ impl Weight {
         let isa = cpu.isa();
         cpu.for_each_slice(bytes, panel_bytes, |panel, out| {
             let rows = panel * PANEL_ROWS..self.rows.min((panel + 1) * PANEL_ROWS);
-            pack_panel(isa, format, &widen(self.matrix().slice_rows(rows).elements()), self.cols, out);
+            pack_panel(isa, format, &widen(isa, self.matrix().slice_rows(rows).elements()), self.cols, out);
         });
         Weight { storage: Arc::new(storage), range, format: Format::Packed(format), ..*self }
     }
@@ -130,12 +130,10 @@ impl Weight {
 }
 
 /// Numbers of any type as f32.
-fn widen(elements: Elements<'_>) -> Vec<f32> {
-    match elements {
-        Elements::F32(x) => x.to_vec(),
-        Elements::F16(x) => x.iter().map(|x| x.to_f32()).collect(),
-        Elements::Bf16(x) => x.iter().map(|x| x.to_f32()).collect(),
-    }
+fn widen(isa: Isa, elements: Elements<'_>) -> Vec<f32> {
+    let mut numbers = vec![0.0; elements.len()];
+    elements.widen(isa, &mut numbers);
+    numbers
 }
 
 /// Name of the token embedding.
@@ -551,7 +549,7 @@ impl TensorSource for CheckedCheckpoint<'_> {
     }
 
     fn vector(&mut self, name: String, shape: &[usize]) -> Vec<f32> {
-        widen(self.plain(&name, 1, shape.iter().product()).matrix().elements())
+        widen(Isa::best(), self.plain(&name, 1, shape.iter().product()).matrix().elements())
     }
 }
 

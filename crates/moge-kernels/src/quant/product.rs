@@ -4,7 +4,7 @@ use std::iter::StepBy;
 use std::ops::Range;
 
 use super::rows::{Tile, tiles};
-use super::tile::{MAX_PANELS, NO_PRODUCTS, Products, multiply_panels};
+use super::tile::{MAX_PANELS, Products, multiply_panels, no_products};
 use super::{PANEL_ROWS, PackedFormat, PackedMatrix, QuantizedRows};
 use crate::cpu::{Cpu, SharedMut};
 use crate::elements::ActivationType;
@@ -18,8 +18,8 @@ const MAX_PART_PANELS: usize = 8;
 
 /// `out[t, n] = bias[n] + sum over k of x[t, k] * w[n, k]`; no bias adds nothing.
 ///
-/// Shapes: `out` `[num_rows, w.rows()]`, `x` `[num_rows, w.cols()]` of one expert, `bias` `[w.rows()]`. Sums as in
-/// [`crate::quant`].
+/// Shapes: `out` `[num_rows, w.rows()]`, `x` `[num_rows, w.cols()]` of one expert, `bias` `[w.rows()]`. Sums inside a quant
+/// block (W4A8) or over a row (W8A8) are exact integers; blocks are added in order, in f32, each times its scale.
 ///
 /// # Panics
 /// If a length does not fit.
@@ -31,7 +31,7 @@ pub fn packed_gemm(cpu: &Cpu, out: &mut [f32], x: &QuantizedRows, w: PackedMatri
     let out = SharedMut::new(out);
     let isa = cpu.isa();
     for_each_part(cpu, x.offsets(), w.num_panels(), |_, rows, panels| {
-        let mut products = NO_PRODUCTS;
+        let mut products = no_products();
         for tile in tiles(rows) {
             each_panel(isa, panels.clone(), w, x.tile(tile.clone()), &mut products, |panel, products| {
                 let cols = columns(panel, num_cols);
@@ -55,7 +55,7 @@ pub fn packed_gemm(cpu: &Cpu, out: &mut [f32], x: &QuantizedRows, w: PackedMatri
 /// `out[d, i] = silu(gate[i] . x[d]) * (up[i] . x[d])` with `[gate, up] = gate_up(e)` of the expert `e` whose rows hold `d`.
 ///
 /// Shapes: `out` `[num_dispatched, inter]`, `x` `[num_dispatched, hidden]`, gate and up `[inter, hidden]`, the same for every
-/// expert. Sums as in [`crate::quant`]. `gate_up` is not asked about experts without rows.
+/// expert. Sums as for [`packed_gemm`]. `gate_up` is not asked about experts without rows.
 ///
 /// # Panics
 /// If a length does not fit.
@@ -77,7 +77,7 @@ pub fn packed_swiglu<'w>(
         for weight in weights {
             assert_eq!((weight.rows(), weight.cols()), (inter, x.width()), "gate or up of expert {expert}");
         }
-        let mut products = NO_PRODUCTS;
+        let mut products = no_products();
         for tile in tiles(rows) {
             let x = x.tile(tile.clone());
             for some in side_by_side(panels.clone(), MAX_PANELS / 2) {
@@ -129,7 +129,7 @@ pub fn packed_experts_down(cpu: &Cpu, residual: &mut [f32], hidden: usize, exper
     let part_panels = part_panels(cpu, num_panels);
     cpu.for_each(num_panels.div_ceil(part_panels), |part| {
         let panels = part * part_panels..num_panels.min((part + 1) * part_panels);
-        let mut products = NO_PRODUCTS;
+        let mut products = no_products();
         for (expert, pair) in inner.offsets().windows(2).enumerate().filter(|(_, pair)| pair[0] != pair[1]) {
             let weight = down(expert);
             assert_eq!((weight.rows(), weight.cols()), (hidden, inner.width()), "down of expert {expert}");

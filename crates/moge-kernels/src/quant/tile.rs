@@ -15,7 +15,9 @@ const PREFETCH_BYTES: usize = 2 * W4_BLOCK_BYTES;
 pub(super) type Products = Aligned<[[f32; PANEL_ROWS]; TILE_ROWS]>;
 
 /// Products of some panels that nobody has computed yet.
-pub(super) const NO_PRODUCTS: [Products; MAX_PANELS] = [Aligned([[0.0; PANEL_ROWS]; TILE_ROWS]); MAX_PANELS];
+pub(super) fn no_products() -> [Products; MAX_PANELS] {
+    [Aligned([[0.0; PANEL_ROWS]; TILE_ROWS]); MAX_PANELS]
+}
 
 /// Panels that [`multiply_panels`] takes at once.
 pub(super) const MAX_PANELS: usize = 4;
