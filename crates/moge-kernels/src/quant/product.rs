@@ -1,6 +1,5 @@
 //! Products with packed weights, spread over threads.
 
-use std::iter::StepBy;
 use std::ops::Range;
 
 use super::rows::{Tile, tiles};
@@ -80,7 +79,7 @@ pub fn packed_swiglu<'w>(
         let mut products = no_products();
         for tile in tiles(rows) {
             let x = x.tile(tile.clone());
-            for some in side_by_side(panels.clone(), MAX_PANELS / 2) {
+            for some in runs(panels.clone(), MAX_PANELS / 2) {
                 let pairs = some.clone().flat_map(|panel| weights.map(|weight| weight.panel(panel)));
                 multiply_panels(isa, pairs, x, &mut products);
                 for (panel, products) in some.zip(products.chunks_exact(2)) {
@@ -160,17 +159,15 @@ fn each_panel(
     products: &mut [Products; MAX_PANELS],
     mut body: impl FnMut(usize, &Products),
 ) {
-    for some in side_by_side(panels, MAX_PANELS) {
+    for some in runs(panels, MAX_PANELS) {
         multiply_panels(isa, some.clone().map(|panel| weight.panel(panel)), x, products);
         some.zip(&*products).for_each(|(panel, products)| body(panel, products));
     }
 }
 
-/// `panels` as sets of up to `num_streams` that are read at once. Each place of a set goes through consecutive panels
-/// from set to set, so that what is fetched ahead at the end of one is the beginning of the next.
-fn side_by_side(panels: Range<usize>, num_streams: usize) -> impl Iterator<Item = StepBy<Range<usize>>> {
-    let stream_len = panels.len().div_ceil(num_streams).max(1);
-    (0..stream_len.min(panels.len())).map(move |i| (panels.start + i..panels.end).step_by(stream_len))
+/// `panels` in runs of up to `len`, to be read side by side.
+fn runs(panels: Range<usize>, len: usize) -> impl Iterator<Item = Range<usize>> {
+    panels.clone().step_by(len).map(move |first| first..panels.end.min(first + len))
 }
 
 /// The columns of an output of `num_cols` that a panel has.
