@@ -3,6 +3,7 @@
 mod bench;
 mod chores;
 mod peers;
+mod picture;
 
 use std::env;
 use std::path::{Path, PathBuf};

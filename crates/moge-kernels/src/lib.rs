@@ -43,8 +43,8 @@ pub use isa::{Isa, UnknownIsa};
 pub use norm::{RmsNormParams, add, rms_norm, rms_norm_in_place};
 pub use pool::MAX_THREADS;
 pub use quant::{
-    ExpertsDown, PACKED_LAYOUT_VERSION, PANEL_ROWS, PackError, PackedFormat, PackedMatrix, QUANT_BLOCK_LEN,
-    QuantizedRows, pack_levels, pack_panel, packed_experts_down, packed_gemm, packed_swiglu,
+    ExpertsDown, PACKED_LAYOUT_VERSION, PANEL_ROWS, PackError, PackedFormat, PackedMatrix, PackedProduct,
+    QUANT_BLOCK_LEN, QuantizedRows, pack_levels, pack_panel, packed_experts_down, packed_gemm, packed_swiglu,
 };
 pub use rope::{RopeAngles, RopeHead, RopeLayout, rope_angles, rope_inverse_frequencies};
 pub use softmax::softmax;

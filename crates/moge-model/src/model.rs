@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use moge_kernels::{
-    ActivationType, AttentionRows, Cpu, ExpertsDown, GroupedRows, PagedKv, QkvParams, QuantizedRows, RmsNormParams,
-    RopeAngles, RopeHead, add, combine, embed, gemm, grouped_gemm, grouped_swiglu, packed_experts_down, packed_gemm,
-    packed_swiglu, paged_attention, rms_norm, rms_norm_in_place, rope_inverse_frequencies, write_qkv,
+    ActivationType, AttentionRows, Cpu, ExpertsDown, GroupedRows, PackedProduct, PagedKv, QkvParams, QuantizedRows,
+    RmsNormParams, RopeAngles, RopeHead, add, combine, embed, gemm, grouped_gemm, grouped_swiglu, packed_experts_down,
+    packed_gemm, packed_swiglu, paged_attention, rms_norm, rms_norm_in_place, rope_inverse_frequencies, write_qkv,
 };
 use thiserror::Error;
 
@@ -132,9 +132,7 @@ impl Model {
         let norm = RmsNormParams { weight: &layer.attention_norm, eps, activation: *activation };
         let input = Input::normed(cpu, normed, quantized, hidden, norm, &layer.q.weight);
         work.profile.mark(Operator::Norm);
-        linear(cpu, q, input, &layer.q);
-        linear(cpu, k, input, &layer.k);
-        linear(cpu, v, input, &layer.v);
+        linears(cpu, input, [(q, &layer.q), (k, &layer.k), (v, &layer.v)]);
         work.profile.mark(Operator::Qkv);
         let params = QkvParams {
             norms: layer.qk_norms.as_ref().map(|norms| norms.each_ref().map(|norm| &norm[..])),
@@ -149,7 +147,7 @@ impl Model {
         let rows = AttentionRows { q, sequences: &batch.sequences, activation: *activation };
         paged_attention(cpu, attention, rows, kv, scratch);
         work.profile.mark(Operator::Attention);
-        linear(cpu, projected, Input::new(cpu, attention, quantized, &layer.o.weight), &layer.o);
+        linears(cpu, Input::new(cpu, attention, quantized, &layer.o.weight), [(projected, &layer.o)]);
         work.profile.mark(Operator::OutputProjection);
         if let Some(post_norms) = &layer.post_norms {
             rms_norm_in_place(cpu, projected, &post_norms.attention, eps, ActivationType::F32);
@@ -216,7 +214,7 @@ impl Model {
         let Workspace { hidden, normed, quantized, logits, activation, .. } = work;
         let Network { final_norm, head, .. } = &self.network;
         let norm = RmsNormParams { weight: final_norm, eps: self.config.rms_norm_eps, activation: *activation };
-        product(cpu, logits, Input::normed(cpu, normed, quantized, hidden, norm, head), head, None);
+        product(cpu, logits, Input::normed(cpu, normed, quantized, hidden, norm, head), head);
         work.profile.mark(Operator::Head);
     }
 }
@@ -257,14 +255,26 @@ impl<'a> Input<'a> {
     }
 }
 
-fn linear(cpu: &Cpu, out: &mut [f32], x: Input<'_>, linear: &Linear) {
-    product(cpu, out, x, &linear.weight, linear.bias.as_deref());
+/// Projections of one input; their weights have one format.
+fn linears<const N: usize>(cpu: &Cpu, x: Input<'_>, outputs: [(&mut Vec<f32>, &Linear); N]) {
+    if outputs.iter().all(|(_, linear)| linear.weight.is_packed()) {
+        let products = outputs.map(|(out, linear)| PackedProduct {
+            out,
+            weight: linear.weight.packed(),
+            bias: linear.bias.as_deref(),
+        });
+        return packed_gemm(cpu, x.quantized, products);
+    }
+    for (out, linear) in outputs {
+        gemm(cpu, out, x.values, linear.weight.matrix(), linear.bias.as_deref());
+    }
 }
 
-fn product(cpu: &Cpu, out: &mut [f32], x: Input<'_>, weight: &Weight, bias: Option<&[f32]>) {
+/// A product without bias.
+fn product(cpu: &Cpu, out: &mut [f32], x: Input<'_>, weight: &Weight) {
     match weight.view() {
-        WeightView::Plain(weight) => gemm(cpu, out, x.values, weight, bias),
-        WeightView::Packed(weight) => packed_gemm(cpu, out, x.quantized, weight, bias),
+        WeightView::Plain(weight) => gemm(cpu, out, x.values, weight, None),
+        WeightView::Packed(weight) => packed_gemm(cpu, x.quantized, [PackedProduct { out, weight, bias: None }]),
     }
 }
 
@@ -279,7 +289,7 @@ fn dense_mlp(cpu: &Cpu, mlp: &Swiglu, work: &mut Workspace) {
         let rows = GroupedRows { offsets: &[0, *num_rows], source_rows: None };
         grouped_swiglu(cpu, inner, normed, rows, &|_| mlp.gate_up.each_ref().map(Weight::matrix), *activation);
     }
-    product(cpu, projected, Input::new(cpu, inner, quantized, &mlp.down), &mlp.down, None);
+    product(cpu, projected, Input::new(cpu, inner, quantized, &mlp.down), &mlp.down);
 }
 
 /// The routed experts of weights that are not packed, and the shared one, whose output is in `projected`.

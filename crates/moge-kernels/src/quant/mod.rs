@@ -23,7 +23,7 @@ mod tests;
 mod tile;
 
 pub use pack::{PackError, pack_levels, pack_panel};
-pub use product::{ExpertsDown, packed_experts_down, packed_gemm, packed_swiglu};
+pub use product::{ExpertsDown, PackedProduct, packed_experts_down, packed_gemm, packed_swiglu};
 pub use rows::QuantizedRows;
 
 use crate::simd::{BLOCK_LEN, BYTE_BYTES, NIBBLE_BYTES};

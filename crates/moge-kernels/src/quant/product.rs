@@ -10,32 +10,52 @@ use crate::elements::ActivationType;
 use crate::isa::Isa;
 use crate::swiglu::swiglu;
 
-/// Parts of the work for each thread, so that the last ones to finish wait little.
-const PARTS_PER_THREAD: usize = 8;
+/// Least parts of the work for each thread, so that the last ones to finish wait little.
+const PARTS_PER_THREAD: usize = 16;
 /// Most panels of a part: so often is a tile of inputs used once it is in L2.
 const MAX_PART_PANELS: usize = 8;
 
-/// `out[t, n] = bias[n] + sum over k of x[t, k] * w[n, k]`; no bias adds nothing.
+/// One of the products of [`packed_gemm`].
+#[derive(Debug)]
+pub struct PackedProduct<'a> {
+    /// `[num_rows, weight.rows()]`.
+    pub out: &'a mut [f32],
+    /// The weight; its columns are those of the input.
+    pub weight: PackedMatrix<'a>,
+    /// `[weight.rows()]`; none adds nothing.
+    pub bias: Option<&'a [f32]>,
+}
+
+/// `out[t, n] = bias[n] + sum over k of x[t, k] * weight[n, k]` for some weights that share their input, `[num_rows, k]` of
+/// one expert, together.
 ///
-/// Shapes: `out` `[num_rows, w.rows()]`, `x` `[num_rows, w.cols()]` of one expert, `bias` `[w.rows()]`. Sums inside a quant
-/// block (W4A8) or over a row (W8A8) are exact integers; blocks are added in order, in f32, each times its scale.
+/// Sums inside a quant block (W4A8) or over a row (W8A8) are exact integers; blocks are added in order, in f32, each
+/// times its scale.
 ///
 /// # Panics
 /// If a length does not fit.
-pub fn packed_gemm(cpu: &Cpu, out: &mut [f32], x: &QuantizedRows, w: PackedMatrix<'_>, bias: Option<&[f32]>) {
-    let num_cols = w.rows();
-    assert_eq!(x.width(), w.cols(), "width of x and of the weight");
-    assert_eq!(out.len(), x.num_rows() * num_cols, "out of {} x {num_cols}", x.num_rows());
-    assert!(bias.is_none_or(|bias| bias.len() == num_cols), "length of the bias");
-    let out = SharedMut::new(out);
+pub fn packed_gemm<const N: usize>(cpu: &Cpu, x: &QuantizedRows, products: [PackedProduct<'_>; N]) {
+    assert_eq!(x.offsets().len(), 2, "ends of one expert's rows");
+    let products = products.map(|PackedProduct { out, weight, bias }| {
+        assert_eq!(x.width(), weight.cols(), "width of x and of the weight");
+        assert_eq!(out.len(), x.num_rows() * weight.rows(), "out of {} x {}", x.num_rows(), weight.rows());
+        assert!(bias.is_none_or(|bias| bias.len() == weight.rows()), "length of the bias");
+        (SharedMut::new(out), weight, bias)
+    });
+    let part_panels = part_panels(cpu, products.iter().map(|(_, weight, _)| weight.num_panels()).sum());
+    let parts = || {
+        products.iter().flat_map(|product| runs(0..product.1.num_panels(), part_panels).map(move |run| (product, run)))
+    };
     let isa = cpu.isa();
-    for_each_part(cpu, x.offsets(), w.num_panels(), |_, rows, panels| {
-        let mut products = no_products();
-        for tile in tiles(rows) {
-            each_panel(isa, panels.clone(), w, x.tile(tile.clone()), &mut products, |panel, products| {
+    cpu.for_each(parts().count(), |part| {
+        let Some(((out, weight, bias), panels)) = parts().nth(part) else { return };
+        let num_cols = weight.rows();
+        let mut place = no_products();
+        for tile in tiles(0..x.num_rows()) {
+            each_panel(isa, panels.clone(), *weight, x.tile(tile.clone()), &mut place, |panel, products| {
                 let cols = columns(panel, num_cols);
                 for (row, products) in tile.clone().zip(&products.0) {
-                    // SAFETY: Parts are disjoint in rows or in columns.
+                    // SAFETY: Parts are disjoint in columns.
                     let out = unsafe { out.slice(row * num_cols + cols.start..row * num_cols + cols.end) };
                     match bias {
                         Some(bias) => {
@@ -182,7 +202,8 @@ fn first_expert(offsets: &[usize]) -> Option<usize> {
 
 /// Panels of a part, so that all threads stay busy with `total_panels`.
 fn part_panels(cpu: &Cpu, total_panels: usize) -> usize {
-    (total_panels / (PARTS_PER_THREAD * cpu.num_threads())).clamp(1, MAX_PART_PANELS)
+    let least_parts = PARTS_PER_THREAD * cpu.num_threads();
+    [MAX_PART_PANELS, MAX_PANELS, MAX_PANELS / 2].into_iter().find(|len| total_panels / len >= least_parts).unwrap_or(1)
 }
 
 /// Call `body(expert, dispatched rows, panels)` for every expert that has rows and every run of its panels.

@@ -1,8 +1,8 @@
 //! Every ISA against plain loops in f64, and against each other.
 
 use super::{
-    ExpertsDown, PackedFormat, PackedMatrix, QUANT_BLOCK_LEN, QuantizedRows, pack_panel, packed_experts_down,
-    packed_gemm, packed_swiglu,
+    ExpertsDown, PackedFormat, PackedMatrix, PackedProduct, QUANT_BLOCK_LEN, QuantizedRows, pack_panel,
+    packed_experts_down, packed_gemm, packed_swiglu,
 };
 use crate::simd::PANEL_ROWS;
 use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu};
@@ -62,6 +62,10 @@ fn quantize(cpu: &Cpu, x: &[f32], width: usize, rows: GroupedRows<'_>) -> Quanti
     quantized
 }
 
+fn gemm(cpu: &Cpu, out: &mut [f32], x: &QuantizedRows, weight: &Weight, bias: Option<&[f32]>) {
+    packed_gemm(cpu, x, [PackedProduct { out, weight: weight.matrix(), bias }]);
+}
+
 fn one_expert(offsets: &[usize; 2]) -> GroupedRows<'_> {
     GroupedRows { offsets, source_rows: None }
 }
@@ -78,7 +82,7 @@ fn a_product_is_that_of_the_rounded_numbers_on_every_isa_at_awkward_sizes() {
                 let (x, bias) = (numbers.vec(num_rows * width), numbers.vec(out_width));
                 let mut out = vec![f32::NAN; num_rows * out_width];
                 let rows = quantize(&cpu, &x, width, one_expert(&[0, num_rows]));
-                packed_gemm(&cpu, &mut out, &rows, weight.matrix(), Some(&bias));
+                gemm(&cpu, &mut out, &rows, &weight, Some(&bias));
                 for (out, x) in out.chunks(out_width).zip(x.chunks(width)) {
                     let sums = weight.times(&quantized(x));
                     let expected: Vec<f64> = sums.iter().zip(&bias).map(|(sum, &bias)| sum + f64::from(bias)).collect();
@@ -117,7 +121,7 @@ fn integer_sums_are_the_same_bits_on_every_isa() {
             .map(|cpu| {
                 let mut out = vec![0.0; num_rows * out_width];
                 let rows = quantize(&cpu, &x, width, one_expert(&[0, num_rows]));
-                packed_gemm(&cpu, &mut out, &rows, weight.matrix(), None);
+                gemm(&cpu, &mut out, &rows, &weight, None);
                 out
             })
             .collect();
@@ -143,7 +147,7 @@ fn a_row_among_many_gives_the_same_bits_as_alone_at_any_number_of_threads() {
                 let num_rows = x.len() / width;
                 let mut out = vec![0.0; num_rows * out_width];
                 let rows = quantize(cpu, x, width, one_expert(&[0, num_rows]));
-                packed_gemm(cpu, &mut out, &rows, weight.matrix(), None);
+                gemm(cpu, &mut out, &rows, &weight, None);
                 out
             };
             let all = product(&Cpu::new(isa, 3), &x);
@@ -151,6 +155,33 @@ fn a_row_among_many_gives_the_same_bits_as_alone_at_any_number_of_threads() {
             for count in [1, 2, 3, 5, 64, 65] {
                 assert_same_bits(&product(&cpu, &x[..count * width]), &all[..count * out_width]);
             }
+        }
+    }
+}
+
+#[test]
+fn weights_that_share_an_input_give_the_same_bits_together_as_one_by_one() {
+    let (num_rows, width, widths) = (7, 96, [130, 33, 64]);
+    for cpu in every_cpu() {
+        let mut numbers = Numbers::new(23);
+        let weights = widths.map(|out_width| Weight::random(&mut numbers, PackedFormat::W4A8, out_width, width));
+        let bias = numbers.vec(widths[1]);
+        let rows = quantize(&cpu, &numbers.vec(num_rows * width), width, one_expert(&[0, num_rows]));
+        let biases = [None, Some(&bias[..]), None];
+        let mut outs = widths.map(|out_width| vec![f32::NAN; num_rows * out_width]);
+        let mut products = outs.iter_mut().zip(weights.iter().zip(biases));
+        packed_gemm(
+            &cpu,
+            &rows,
+            [0; 3].map(|_| {
+                let (out, (weight, bias)) = products.next().unwrap();
+                PackedProduct { out, weight: weight.matrix(), bias }
+            }),
+        );
+        for (out, (weight, bias)) in outs.iter().zip(weights.iter().zip(biases)) {
+            let mut alone = vec![0.0; out.len()];
+            gemm(&cpu, &mut alone, &rows, weight, bias);
+            assert_same_bits(out, &alone);
         }
     }
 }
@@ -213,7 +244,7 @@ fn rows_that_are_zero_tiny_or_not_finite_keep_to_themselves() {
     let weight = Weight::of(&vec![1.0; 3 * width], PackedFormat::W8A8, 3, width);
     for cpu in every_cpu() {
         let mut out = vec![0.0; 15];
-        packed_gemm(&cpu, &mut out, &quantize(&cpu, &x, width, one_expert(&[0, 5])), weight.matrix(), None);
+        gemm(&cpu, &mut out, &quantize(&cpu, &x, width, one_expert(&[0, 5])), &weight, None);
         assert_eq!(out[..3], [0.0; 3]);
         assert!(out[3..9].iter().all(|out| out.is_nan()));
         assert_eq!(out[9..12], [0.0; 3]);
@@ -235,14 +266,9 @@ fn rows_that_are_normed_and_quantised_in_one_go_are_those_of_two() {
         rows.quantize_normed(&cpu, &mut normed, &x, norm);
         assert_same_bits(&normed, &expected);
         let [mut once, mut twice] = [0; 2].map(|_| vec![0.0; num_rows * 48]);
-        packed_gemm(&cpu, &mut once, &rows, weight.matrix(), None);
-        packed_gemm(
-            &cpu,
-            &mut twice,
-            &quantize(&cpu, &expected, width, one_expert(&[0, num_rows])),
-            weight.matrix(),
-            None,
-        );
+        gemm(&cpu, &mut once, &rows, &weight, None);
+        let rows = quantize(&cpu, &expected, width, one_expert(&[0, num_rows]));
+        gemm(&cpu, &mut twice, &rows, &weight, None);
         assert_same_bits(&once, &twice);
     }
 }
@@ -252,7 +278,7 @@ fn no_row_at_all_is_fine() {
     let weight = Weight::random(&mut Numbers::new(1), PackedFormat::W4A8, 40, 32);
     for cpu in every_cpu() {
         let none = quantize(&cpu, &[], 32, one_expert(&[0, 0]));
-        packed_gemm(&cpu, &mut [], &none, weight.matrix(), None);
+        gemm(&cpu, &mut [], &none, &weight, None);
         packed_swiglu(&cpu, &mut [], &none, &|_| [weight.matrix(); 2]);
         let none_down = ExpertsDown { inner: &none, down: &|_| weight.matrix(), source_rows: &[], weights: &[] };
         packed_experts_down(&cpu, &mut [], 40, none_down);
