@@ -65,8 +65,9 @@ fn svg(bars: &[Bars]) -> String {
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" font-family=\"sans-serif\" font-size=\"13\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n\
-         <text x=\"10\" y=\"22\" font-size=\"15\" font-weight=\"bold\">Share of the machine's limit, measured beside each run</text>\n\
-         <text x=\"10\" y=\"41\" fill=\"#555\">prefill: int8 multiply-adds; decode: memory read</text>\n"
+         <text x=\"10\" y=\"22\" font-size=\"15\" font-weight=\"bold\">Share of the machine's limit</text>\n\
+         <text x=\"10\" y=\"41\" fill=\"#555\">prefill: int8 multiply-adds; decode: memory read; \
+         llama.cpp: our share divided by the ratio of speeds</text>\n"
     );
     for quarter in 0..=4 {
         let x = LEFT + FULL * f64::from(quarter) / 4.0;

@@ -41,7 +41,7 @@ pub use quant_scheme::{QuantScheme, WeightRole, format_from_name, format_name};
 pub use router::{Route, route_token};
 pub use tokenizer::{Detokenizer, Prefix, SentencePieceError, StopStrings, Tokenizer, TokenizerError, eos_token_ids};
 pub use weight_bytes::{LayerBytes, WeightBytes};
-pub use weights::{PackedSpec, TensorSpec, expected_tensors, stored_bytes, tensor_problems};
+pub use weights::{PackedSpec, TensorSpec, expected_tensors, source_name, stored_bytes, tensor_problems};
 pub use workspace::{StepLimits, Trace, Workspace};
 
 /// Tokens that one block of the KV cache holds.

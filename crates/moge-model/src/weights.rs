@@ -141,6 +141,11 @@ const EMBEDDING_NAME: &str = "model.embed_tokens.weight";
 /// Name of the output head.
 const HEAD_NAME: &str = "lm_head.weight";
 
+/// The tensor that `name` takes its numbers from: a tied head those of the embedding, whatever copy lies beside it.
+pub fn source_name<'a>(config: &ModelConfig, name: &'a str) -> &'a str {
+    if config.tie_word_embeddings && name == HEAD_NAME { EMBEDDING_NAME } else { name }
+}
+
 /// Where [`Network::build`] gets its tensors: a checkpoint, or a list of what is wanted.
 pub(crate) trait TensorSource {
     /// A large tensor.
@@ -555,6 +560,7 @@ impl TensorSource for CheckedCheckpoint<'_> {
 
 /// A checkpoint without packed weights, packed while it is read.
 struct Packing<'a> {
+    config: &'a ModelConfig,
     checkpoint: CheckedCheckpoint<'a>,
     cpu: &'a Cpu,
     scheme: QuantScheme,
@@ -579,8 +585,8 @@ impl TensorSource for Packing<'_> {
     type Vector = Vec<f32>;
 
     fn matrix(&mut self, name: String, role: WeightRole, rows: usize, cols: usize) -> Weight {
-        let name = if self.checkpoint.checkpoint.get(&name).is_none() { EMBEDDING_NAME.to_owned() } else { name };
-        let weight = self.checkpoint.matrix(name, role, rows, cols);
+        let name = source_name(self.config, &name);
+        let weight = self.checkpoint.matrix(name.to_owned(), role, rows, cols);
         self.pack(weight, role)
     }
 
@@ -619,7 +625,10 @@ impl Network {
         let packed_config = ModelConfig { quant: scheme, ..config.clone() };
         check_widths(&packed_config, checkpoint)?;
         let checkpoint = CheckedCheckpoint { checkpoint, quant: config.quant };
-        Ok(Network::build(&packed_config, &mut Packing { checkpoint, cpu, scheme, progress, bytes_read: 0 }))
+        Ok(Network::build(
+            &packed_config,
+            &mut Packing { config: &packed_config, checkpoint, cpu, scheme, progress, bytes_read: 0 },
+        ))
     }
 }
 

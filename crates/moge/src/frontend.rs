@@ -1,4 +1,4 @@
-//! A model ready to answer: what `generate` and `chat` share.
+//! A model ready to run: what the commands that load one share.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -160,7 +160,7 @@ impl Work {
         let mut command = Command::new(moge);
         command.arg("bench").arg("--model").arg(model).args(["--threads", &num_threads.to_string()]);
         // The first repetition still touches pages of the mapped file for the first time; the median leaves it out.
-        command.args(["--repetitions", "3", "--format", "json"]);
+        command.args(["--repetitions", "3", "--format", "json", "--kv", "bf16"]);
         match self {
             Work::Prefill { tokens } => command.args(["--prefill", &tokens.to_string()]),
             Work::Decode { batch, context } => {

@@ -35,6 +35,10 @@ impl Journal {
         let mut rates = Rates::new();
         let mut lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         if lines.next().as_ref() == Some(run) {
+            if !text.ends_with('\n') {
+                // The last line was cut off: the next one must not be joined to it.
+                fs::write(path, format!("{text}\n")).with_context(|| format!("cannot write {}", path.display()))?;
+            }
             for line in lines {
                 // A line that was cut off by an interruption is measured again.
                 let (Some(case), Some(engine)) = (line["case"].as_str(), line["engine"].as_str()) else { continue };

@@ -53,7 +53,7 @@ pub(crate) fn make_ours(dir: &Path, moge: &Path, model: &Model, schemes: &[Schem
         }
         synthesize(&unquantized, moge, model)?;
         disk::require(dir, quantized_bytes(model, scheme), &format!("for {}", path.display()))?;
-        let partial = path.with_extension("partial");
+        let partial = partial_path(&path);
         let mut quantize = Command::new(moge);
         quantize.arg("quantize").arg("--model").arg(&unquantized).arg("--out").arg(&partial);
         run_visibly("quantize", quantize.args(["--scheme", scheme.name()]))?;
@@ -69,7 +69,7 @@ fn synthesize(unquantized: &Path, moge: &Path, model: &Model) -> Result<()> {
     if unquantized.exists() {
         return Ok(());
     }
-    let partial = unquantized.with_extension("partial");
+    let partial = partial_path(unquantized);
     if partial.exists() {
         fs::remove_dir_all(&partial).with_context(|| format!("cannot remove {}", partial.display()))?;
     }
@@ -77,6 +77,13 @@ fn synthesize(unquantized: &Path, moge: &Path, model: &Model) -> Result<()> {
     let mut synth = Command::new(moge);
     run_visibly("make random weights", synth.arg("synth").arg(&partial).args(["--preset", model.preset]))?;
     rename(&partial, unquantized)
+}
+
+/// The name of what is not complete yet.
+fn partial_path(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".partial");
+    name.into()
 }
 
 /// About what the quantised weights take: the formats of llama.cpp nearest to ours are no smaller.

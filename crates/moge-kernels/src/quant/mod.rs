@@ -5,9 +5,9 @@
 //! blocks of 32 columns (the last one of W8A8 filled up with zero columns); columns go in runs of four, so that a lane of
 //! a register, which is a weight row, gets four columns with one load.
 //!
-//! - W4A8 block, 576 bytes: for each half of the panel (16 rows), for `j` in 0..4, for each of the rows, 4 bytes, of which byte
-//!   `i` has column `4 * j + i` in its low nibble and column `16 + 4 * j + i` in its high one, both plus 8; then 32 scales,
-//!   f16, one per row. Weight = scale * (nibble - 8).
+//! - W4A8 block, 576 bytes: 32 scales, f16, one per row; then for each half of the panel (16 rows), for `j` in 0..4, for
+//!   each of its rows, 4 bytes, of which byte `i` has column `4 * j + i` in its low nibble and column `16 + 4 * j + i` in
+//!   its high one, both plus 8. Weight = scale * (nibble - 8).
 //! - W8A8 block, 1024 bytes: for each half, for `j` in 0..8, for each of its rows, 4 bytes: columns `4 * j..`, plus 128. After
 //!   the last block of a panel, 32 scales, f32, one per row. Weight = scale * (byte - 128).
 //!
@@ -26,7 +26,7 @@ pub use pack::{PackError, pack_levels, pack_panel};
 pub use product::{ExpertsDown, PackedProduct, packed_experts_down, packed_gemm, packed_swiglu};
 pub use rows::QuantizedRows;
 
-use crate::simd::{BLOCK_LEN, BYTE_BYTES, NIBBLE_BYTES};
+use crate::simd::{BLOCK_LEN, BYTE_BYTES, NIBBLE_BYTES, SCALE_BYTES};
 
 /// Version of the packed layout. A file of another version is not read.
 pub const PACKED_LAYOUT_VERSION: u64 = 1;
@@ -38,7 +38,7 @@ pub const PANEL_ROWS: usize = crate::simd::PANEL_ROWS;
 pub const QUANT_BLOCK_LEN: usize = BLOCK_LEN;
 
 /// Bytes of a W4A8 block with its scales.
-const W4_BLOCK_BYTES: usize = NIBBLE_BYTES + 2 * PANEL_ROWS;
+const W4_BLOCK_BYTES: usize = SCALE_BYTES + NIBBLE_BYTES;
 /// Bytes of the scales at the end of a W8A8 panel.
 const W8_SCALE_BYTES: usize = 4 * PANEL_ROWS;
 

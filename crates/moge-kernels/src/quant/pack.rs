@@ -4,7 +4,7 @@ use half::f16;
 
 use super::{PANEL_ROWS, PackedFormat, W4_BLOCK_BYTES, W8_SCALE_BYTES};
 use crate::isa::Isa;
-use crate::simd::{Aligned, BLOCK_LEN, BYTE_BYTES, HALF_ROWS, NIBBLE_BYTES, RUN_STRIDE, Simd, SimdOp};
+use crate::simd::{Aligned, BLOCK_LEN, BYTE_BYTES, HALF_ROWS, NIBBLE_BYTES, RUN_STRIDE, SCALE_BYTES, Simd, SimdOp};
 
 /// What rounding did to some weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -98,10 +98,10 @@ fn byte_place(row: usize, col: usize) -> usize {
     col / BLOCK_LEN * BYTE_BYTES + half + col % BLOCK_LEN / 4 * RUN_STRIDE + row % HALF_ROWS * 4 + col % 4
 }
 
-/// Byte of row `row`, columns `col` and `col + 16` in the nibbles of a W4A8 block; `col` is below 16.
+/// Byte of row `row`, columns `col` and `col + 16` in a W4A8 block; `col` is below 16.
 #[inline(always)]
 fn nibble_place(row: usize, col: usize) -> usize {
-    row / HALF_ROWS * (NIBBLE_BYTES / 2) + col / 4 * RUN_STRIDE + row % HALF_ROWS * 4 + col % 4
+    SCALE_BYTES + row / HALF_ROWS * (NIBBLE_BYTES / 2) + col / 4 * RUN_STRIDE + row % HALF_ROWS * 4 + col % 4
 }
 
 /// Added to a whole number of small magnitude, it leaves that number in the low bits of the sum, in two's complement.
@@ -245,7 +245,7 @@ fn pack_half_block<S: Simd>(simd: S, columns: &mut [Lanes; BLOCK_LEN], half: usi
     let mut scales = nibble_scales(simd, columns);
     for (row, scale) in scales.iter_mut().enumerate() {
         let stored = f16::from_f32(scale.clamp(f16::MIN.to_f32(), f16::MAX.to_f32()));
-        let place = NIBBLE_BYTES + 2 * (half * HALF_ROWS + row);
+        let place = 2 * (half * HALF_ROWS + row);
         out[place..place + 2].copy_from_slice(&stored.to_le_bytes());
         *scale = stored.to_f32();
     }
@@ -407,7 +407,7 @@ pub(super) fn unpack_row(panel: &[u8], format: PackedFormat, row: usize, out: &m
         }
         PackedFormat::W4A8 => {
             for (block, out) in panel.chunks_exact(W4_BLOCK_BYTES).zip(out.chunks_exact_mut(BLOCK_LEN)) {
-                let place = NIBBLE_BYTES + 2 * row;
+                let place = 2 * row;
                 let scale = f16::from_le_bytes([block[place], block[place + 1]]).to_f32();
                 for col in 0..BLOCK_LEN / 2 {
                     let byte = block[nibble_place(row, col)];

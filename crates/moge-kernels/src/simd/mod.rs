@@ -18,6 +18,7 @@ pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 pub(crate) use dot::{
     Aligned, BLOCK_LEN, BYTE_BYTES, BlockInputs, Dot, DotOp, HALF_ROWS, NIBBLE_BYTES, PANEL_ROWS, RUN_STRIDE,
+    SCALE_BYTES,
 };
 #[cfg(target_arch = "x86_64")]
 pub(crate) use dot::{Avx512Vnni, AvxVnni};

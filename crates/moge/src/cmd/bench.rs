@@ -13,7 +13,7 @@ use anyhow::Result;
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use moge_kernels::MemoryRead;
-use moge_model::{Cpu, KvType, Model, Workspace};
+use moge_model::{Cpu, KvType, Model, ModelConfig, QuantScheme, Workspace, format_name};
 
 use self::case::{Case, Numbers, RandomTokens};
 use self::measure::{Bench, Effort};
@@ -100,7 +100,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     let is_table = args.format == Format::Table;
     let mut report = Report {
         model: frontend.dir.display().to_string(),
-        weights: label(model.config().dtype),
+        weights: weights_label(model.config()),
         activations: label(numbers.activation),
         kv: label(numbers.kv),
         isa: cpu.isa().name(),
@@ -128,6 +128,22 @@ fn label(name: impl Debug) -> String {
     format!("{name:?}").to_lowercase()
 }
 
+/// How the weights are stored: a type, or a format for each part of the network.
+fn weights_label(config: &ModelConfig) -> String {
+    let QuantScheme { mlp, shared_expert, attention, lm_head } = config.quant;
+    match mlp {
+        _ if config.quant.is_none() => label(config.dtype),
+        Some(format) if config.quant == QuantScheme::uniform(format) => format_name(mlp).to_owned(),
+        _ => format!(
+            "mlp {}, shared expert {}, attention {}, lm_head {}",
+            format_name(mlp),
+            format_name(shared_expert),
+            format_name(attention),
+            format_name(lm_head)
+        ),
+    }
+}
+
 /// Compute the first token of a prompt. `opened` is when the first file was.
 fn time_start(model: &Model, cpu: &Cpu, numbers: Numbers, opened: Instant) -> StartReport {
     let loaded = Instant::now();
@@ -149,7 +165,7 @@ fn check(args: &BenchArgs, frontend: &Frontend, cases: &[Case], kv: KvType) -> R
     let kv_bytes = cases.iter().map(|case| case.kv_bytes(config, kv)).max().unwrap_or(0);
     let workspace_bytes =
         cases.iter().map(|case| Workspace::bytes(config, case.limits(num_threads))).max().unwrap_or(0);
-    frontend.check_memory(&args.model, kv_bytes, workspace_bytes + MemoryRead::bytes(num_threads))?;
+    frontend.check_memory(&args.model, kv_bytes, workspace_bytes.saturating_add(MemoryRead::bytes(num_threads)))?;
     Ok(())
 }
 

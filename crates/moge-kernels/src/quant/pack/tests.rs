@@ -139,8 +139,8 @@ fn bytes_lie_as_the_layout_says() {
     let mut nibbles = vec![0; PackedFormat::W4A8.panel_bytes(cols)];
     pack_panel(Isa::best(), PackedFormat::W4A8, &weights, cols, &mut nibbles);
     // Block 1, second half, column 25 = 16 + 4 * 2 + 1: a high nibble in the run j = 2.
-    let place = 576 + 256 + 2 * 64 + (row - 16) * 4 + 1;
-    let scale = f16::from_le_bytes([nibbles[576 + 512 + 2 * row], nibbles[576 + 512 + 2 * row + 1]]).to_f32();
+    let place = 576 + 64 + 256 + 2 * 64 + (row - 16) * 4 + 1;
+    let scale = f16::from_le_bytes([nibbles[576 + 2 * row], nibbles[576 + 2 * row + 1]]).to_f32();
     assert_eq!((f32::from(nibbles[place] >> 4) - 8.0) * scale, -4.0);
     assert_eq!(nibbles[place] & 15, 8);
     let mut bytes = vec![0; PackedFormat::W8A8.panel_bytes(cols)];

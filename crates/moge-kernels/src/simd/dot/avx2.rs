@@ -13,7 +13,9 @@ use std::sync::atomic::{Ordering, compiler_fence};
 use half::f16;
 
 use super::super::{Avx2, Simd};
-use super::{Aligned, BLOCK_LEN, BYTE_BYTES, BlockInputs, Dot, HALF_ROWS, NIBBLE_BYTES, PANEL_ROWS, RUN_STRIDE};
+use super::{
+    Aligned, BLOCK_LEN, BYTE_BYTES, BlockInputs, Dot, HALF_ROWS, NIBBLE_BYTES, PANEL_ROWS, RUN_STRIDE, SCALE_BYTES,
+};
 
 /// Rows of a register tile.
 const TILE_ROWS: usize = 4;
@@ -58,14 +60,14 @@ impl Dot for Avx2 {
             let unpacked = nibbles.as_mut_ptr().cast::<u8>();
             for half in 0..2 {
                 for place in (0..NIBBLE_BYTES / 2).step_by(32) {
-                    let both = _mm256_loadu_si256(block.add(half * NIBBLE_BYTES / 2 + place).cast());
+                    let both = _mm256_loadu_si256(block.add(SCALE_BYTES + half * NIBBLE_BYTES / 2 + place).cast());
                     let out = unpacked.add(half * HALF_BYTES + place);
                     _mm256_store_si256(out.cast(), _mm256_and_si256(both, low));
                     let high = _mm256_and_si256(_mm256_srli_epi16::<4>(both), low);
                     _mm256_store_si256(out.add(HALF_BYTES / 2).cast(), high);
                 }
             }
-            let scales = block.add(NIBBLE_BYTES).cast::<f16>();
+            let scales = block.cast::<f16>();
             for half in 0..2 {
                 let first = half * HALF_ROWS;
                 let scales = [self.load_f16(scales.add(first)), self.load_f16(scales.add(first + LANES))];
@@ -143,11 +145,11 @@ impl Avx2 {
     #[inline(always)]
     unsafe fn add_nibbles_to_few(self, block: *const u8, x: BlockInputs, sums: *mut f32) {
         avx2!({
-            let scales = block.add(NIBBLE_BYTES).cast::<f16>();
+            let scales = block.cast::<f16>();
             for half in 0..2 {
                 let first = half * HALF_ROWS;
                 let scales = [self.load_f16(scales.add(first)), self.load_f16(scales.add(first + LANES))];
-                let w = block.add(half * NIBBLE_BYTES / 2);
+                let w = block.add(SCALE_BYTES + half * NIBBLE_BYTES / 2);
                 let mut row = 0;
                 while row < x.num_rows {
                     let (x, sums) = (x.from(row), sums.add(row * PANEL_ROWS + first));

@@ -20,7 +20,9 @@ pub(crate) const PANEL_ROWS: usize = 32;
 pub(crate) const HALF_ROWS: usize = 16;
 /// Bytes from one run of four inputs to the next.
 pub(crate) const RUN_STRIDE: usize = 4 * HALF_ROWS;
-/// Bytes of the weights of a W4A8 block; its scales, one f16 for each weight row, follow.
+/// Bytes of the scales, one f16 for each weight row, that a W4A8 block begins with: it is read from front to back.
+pub(crate) const SCALE_BYTES: usize = 2 * PANEL_ROWS;
+/// Bytes of the weights of a W4A8 block; they follow its scales.
 pub(crate) const NIBBLE_BYTES: usize = PANEL_ROWS * BLOCK_LEN / 2;
 /// Bytes of a W8A8 block.
 pub(crate) const BYTE_BYTES: usize = PANEL_ROWS * BLOCK_LEN;
@@ -49,7 +51,7 @@ pub(crate) trait Dot: Copy {
     /// Ask for the cache line at `address`, which need not be readable.
     fn prefetch(self, address: *const u8);
 
-    /// `sums[r][n] += scale[n] * (corrections[r] + sum over k of w[n][k] * x[r][k])` for a W4A8 block: in each half of the weight rows, at
+    /// `sums[r][n] += scale[n] * (corrections[r] + sum over k of w[n][k] * x[r][k])` for a W4A8 block: after the scales, in each half of the weight rows, at
     /// `j * RUN_STRIDE` for `j` below 4, each row has four bytes; their low nibbles are inputs `4 * j..`, their high
     /// nibbles inputs `16 + 4 * j..`.
     ///

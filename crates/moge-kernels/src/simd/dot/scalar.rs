@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::super::{Scalar, Stored};
-use super::{BLOCK_LEN, BlockInputs, Dot, HALF_ROWS, NIBBLE_BYTES, PANEL_ROWS, RUN_STRIDE};
+use super::{BLOCK_LEN, BlockInputs, Dot, HALF_ROWS, PANEL_ROWS, RUN_STRIDE, SCALE_BYTES};
 
 /// Byte of weight row `n`, run `j` of four inputs, in a block of `num_runs` runs.
 #[inline(always)]
@@ -19,13 +19,13 @@ impl Dot for Scalar {
     unsafe fn add_nibbles(self, block: *const u8, x: BlockInputs, sums: *mut f32) {
         for n in 0..PANEL_ROWS {
             // SAFETY: The caller's promise.
-            let scale = unsafe { block.add(NIBBLE_BYTES + 2 * n).cast::<f16>().read_unaligned() }.widen();
+            let scale = unsafe { block.add(2 * n).cast::<f16>().read_unaligned() }.widen();
             for row in 0..x.num_rows {
                 // SAFETY: The caller's promise.
                 unsafe {
                     let mut sum = *x.corrections.add(row);
                     for k in 0..BLOCK_LEN {
-                        let byte = *block.add(place(n, k % 16 / 4, 4) + k % 4);
+                        let byte = *block.add(SCALE_BYTES + place(n, k % 16 / 4, 4) + k % 4);
                         let w = if k < 16 { byte & 15 } else { byte >> 4 };
                         sum += i32::from(w) * i32::from(*x.levels.add(row * BLOCK_LEN + k));
                     }

@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::super::{Avx2, Avx512, Simd};
-use super::{BLOCK_LEN, BYTE_BYTES, BlockInputs, Dot, HALF_ROWS, NIBBLE_BYTES, PANEL_ROWS, RUN_STRIDE};
+use super::{BLOCK_LEN, BYTE_BYTES, BlockInputs, Dot, HALF_ROWS, NIBBLE_BYTES, PANEL_ROWS, RUN_STRIDE, SCALE_BYTES};
 
 /// Runs of four inputs in a block.
 const NUM_RUNS: usize = BLOCK_LEN / 4;
@@ -67,7 +67,7 @@ macro_rules! impl_dot {
             unsafe fn add_nibbles(self, block: *const u8, x: BlockInputs, sums: *mut f32) {
                 for first in (0..PANEL_ROWS).step_by(<$simd>::LANES) {
                     proven!({
-                        let w = block.add(first / HALF_ROWS * NIBBLE_BYTES / 2 + first % HALF_ROWS * 4);
+                        let w = block.add(SCALE_BYTES + first / HALF_ROWS * NIBBLE_BYTES / 2 + first % HALF_ROWS * 4);
                         let low = $splat(0x0f0f_0f0f);
                         let mut runs = [low; NUM_RUNS];
                         for j in 0..NUM_RUNS / 2 {
@@ -75,7 +75,7 @@ macro_rules! impl_dot {
                             runs[j] = $and(both, low);
                             runs[NUM_RUNS / 2 + j] = $and($shift::<4>(both), low);
                         }
-                        let scale = self.0.load_f16(block.add(NIBBLE_BYTES).cast::<f16>().add(first));
+                        let scale = self.0.load_f16(block.cast::<f16>().add(first));
                         let sums = sums.add(first);
                         let mut row = 0;
                         while row < x.num_rows {

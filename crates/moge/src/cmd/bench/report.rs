@@ -14,7 +14,7 @@ use crate::output::plain;
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Report {
     pub(crate) model: String,
-    /// Type of the weights, as config.json has it.
+    /// How the weights are stored.
     pub(crate) weights: String,
     pub(crate) activations: String,
     pub(crate) kv: String,
