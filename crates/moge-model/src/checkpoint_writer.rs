@@ -288,7 +288,7 @@ impl CheckpointWriter {
             (&mut file).take(header.len() as u64).read_to_end(&mut found)?;
             Ok((file.metadata()?.len(), found, file))
         };
-        let (found_len, found_header, mut file) = open().map_err(|source| io_error(&path, source))?;
+        let (found_len, found_header, mut file) = open().map_err(|source| resume_error(&path, source))?;
         if found_header != header {
             return damaged("it holds other tensors");
         }
@@ -308,7 +308,7 @@ impl CheckpointWriter {
         let len = header_bytes(tensors)?.len() as u64 + tensors.iter().map(num_bytes).sum::<u64>();
         let temporary = self.temporary_path(index);
         let path = if is_there(&temporary)? { temporary } else { self.final_path(index) };
-        let found = fs::metadata(&path).map_err(|source| io_error(&path, source))?.len();
+        let found = fs::metadata(&path).map_err(|source| resume_error(&path, source))?.len();
         if found != len {
             let problem = format!("it has {found} bytes, {len} were written");
             return Err(WriteError::Damaged { path, problem });
@@ -379,6 +379,16 @@ pub fn io_error(path: &Path, source: io::Error) -> WriteError {
         }
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => WriteError::NotWritable { path, source },
         _ => WriteError::Io { path, source },
+    }
+}
+
+/// The same for a file that an earlier writer left: it must be there.
+fn resume_error(path: &Path, source: io::Error) -> WriteError {
+    match source.kind() {
+        io::ErrorKind::NotFound => {
+            WriteError::Damaged { path: path.to_path_buf(), problem: "it is missing".to_string() }
+        }
+        _ => io_error(path, source),
     }
 }
 

@@ -4,7 +4,7 @@ use moge_kernels::PackError;
 use moge_model::{PackedSpec, WeightRole, format_name};
 use serde::{Deserialize, Serialize};
 
-/// Sums over a tensor's weights, as the journal keeps them.
+/// Sums over a tensor's weights, as the journal keeps them. All are finite: JSON has no infinity.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Rounding {
     squared_sum: f64,
@@ -15,14 +15,23 @@ pub(crate) struct Rounding {
 impl From<PackError> for Rounding {
     fn from(error: PackError) -> Rounding {
         let PackError { squared_sum, squared_error, max_error, .. } = error;
-        Rounding { squared_sum, squared_error, max_error }
+        Rounding { squared_sum, squared_error, max_error }.clamped()
     }
 }
 
 impl Rounding {
+    /// With the largest numbers for those that are too large, or none.
+    fn clamped(self) -> Rounding {
+        Rounding {
+            squared_sum: self.squared_sum.min(f64::MAX),
+            squared_error: self.squared_error.min(f64::MAX),
+            max_error: self.max_error.min(f32::MAX),
+        }
+    }
+
     /// Root of the squared error over the squared weights; 0 if all weights are.
     fn relative(self) -> f64 {
-        if self.squared_sum > 0.0 { (self.squared_error / self.squared_sum).sqrt() } else { 0.0 }
+        if self.squared_sum > 0.0 { (self.squared_error / self.squared_sum).sqrt().min(f64::MAX) } else { 0.0 }
     }
 }
 
@@ -104,6 +113,7 @@ impl RoleDamage {
             squared_error: sum.squared_error + tensor.rounding.squared_error,
             max_error: sum.max_error.max(tensor.max_error),
         });
+        let sum = sum.clamped();
         Some(RoleDamage {
             role: worst.role,
             format: worst.format,
@@ -125,5 +135,21 @@ pub(crate) fn role_name(role: WeightRole) -> &'static str {
         WeightRole::Mlp => "mlp",
         WeightRole::SharedExpert => "shared_expert",
         WeightRole::Head => "lm_head",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_too_large_for_a_number_are_the_largest_and_survive_the_journal() {
+        let error =
+            PackError { squared_sum: 2.0, squared_error: f64::NAN, max_error: f32::INFINITY, ..PackError::default() };
+        let rounding = Rounding::from(error);
+        assert_eq!((rounding.squared_error, rounding.max_error), (f64::MAX, f32::MAX));
+        assert!(rounding.relative().is_finite());
+        let json = serde_json::to_string(&rounding).unwrap();
+        assert_eq!(serde_json::from_str::<Rounding>(&json).unwrap(), rounding);
     }
 }

@@ -1,6 +1,7 @@
 //! Why a checkpoint was not quantised.
 
 use std::ffi::OsString;
+use std::io;
 use std::path::PathBuf;
 
 use moge_model::{CheckpointError, ConfigError, WriteError};
@@ -18,6 +19,14 @@ pub enum QuantizeError {
     /// The output cannot be written, or what is there cannot be continued.
     #[error(transparent)]
     Write(#[from] WriteError),
+    /// A file or directory cannot be read.
+    #[error("{}: {source}", path.display())]
+    Read {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The source is in the packed layout.
     #[error("{}: quantised already; allowed: a checkpoint in f32, f16 or bf16, or an official int8 one", dir.display())]
     AlreadyQuantized {

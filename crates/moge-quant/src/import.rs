@@ -14,13 +14,17 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use moge_model::{Checkpoint, LoadMode, ModelConfig, StoredTensor, TensorProblem, TensorSpec, read_file};
+use moge_kernels::PackedFormat;
+use moge_model::{
+    Checkpoint, LoadMode, ModelConfig, QuantScheme, StoredTensor, TensorProblem, TensorSpec, WeightRole,
+    expected_tensors, read_file, source_name,
+};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use crate::damage::role_name;
 use crate::error::QuantizeError;
-use crate::source::{Input, Item, refuse, tensor_for};
+use crate::source::{Input, Item, refuse};
 
 /// How the names of a description, of an index and of weight files begin.
 const DESCRIPTION_PREFIX: &str = "quant_model_description";
@@ -112,9 +116,18 @@ fn number(tensor: &StoredTensor, index: usize) -> f64 {
         Dtype::BF16 => half::bf16::from_le_bytes(element(bytes, index)).into(),
         Dtype::I32 => i32::from_le_bytes(element(bytes, index)).into(),
         Dtype::I8 => i8::from_le_bytes(element(bytes, index)).into(),
-        Dtype::I64 => f32::from_bits(i64::from_le_bytes(element(bytes, index)) as u32).into(),
+        Dtype::I64 => f32::from_bits(int64(tensor, index) as u32).into(),
         dtype => unreachable!("{dtype:?} was refused"),
     }
+}
+
+fn int64(tensor: &StoredTensor, index: usize) -> i64 {
+    i64::from_le_bytes(element(tensor.bytes(), index))
+}
+
+/// True if `value` is 32 bits, extended by zeros or by their sign.
+fn is_f32(value: i64) -> bool {
+    u32::try_from(value).is_ok() || i32::try_from(value).is_ok()
 }
 
 fn element<const N: usize>(bytes: &[u8], index: usize) -> [u8; N] {
@@ -196,14 +209,24 @@ impl Import {
         if !is_allowed {
             return Err(self.bad_tensor(name, format!("dtype is {dtype:?}, allowed are {allowed}")));
         }
+        if dtype == Dtype::I64
+            && let Some((index, value)) = (0..len).map(|index| (index, int64(tensor, index))).find(|(_, x)| !is_f32(*x))
+        {
+            let problem = format!("{value} at {index}; allowed: the bits of an F32, in the lower half of the I64");
+            return Err(self.bad_tensor(name, problem));
+        }
         match (0..len).find(|&index| !number(tensor, index).is_finite()) {
             Some(index) => Err(self.bad_tensor(name, format!("{} at {index}", number(tensor, index)))),
             None => Ok(()),
         }
     }
 
-    /// What the description says of a tensor. What it does not name is a float.
+    /// What the description says of a weight. What it does not name is a float, and so is what is no weight: there the
+    /// description has the type of the projection that it belongs to.
     fn kind(&self, name: &str) -> Result<Kind, QuantizeError> {
+        if !name.ends_with(".weight") {
+            return Ok(Kind::Float);
+        }
         match self.types.get(name).map(|kind| (kind, kind.as_str())) {
             None | Some((_, Some("FLOAT"))) => Ok(Kind::Float),
             Some((_, Some("W8A8"))) => Ok(Kind::Static),
@@ -250,23 +273,39 @@ impl Search<'_> {
         {
             return Ok(Some(Input::Bias(self.static_bias(base, spec.shape[0])?)));
         }
+        let name = source_name(self.config, name);
         let kind = self.import.kind(name)?;
+        if kind != Kind::Float && spec.packed.is_none() {
+            return Err(self.import.bad_tensor(name, self.why_not_int8(name)));
+        }
         let Some(tensor) = self.tensor(spec, kind) else { return Ok(None) };
         if kind == Kind::Float {
-            return Ok(Some(Input::Floats(tensor.clone())));
-        }
-        if spec.packed.is_none() {
-            let problem = "is int8 and cannot stay so; allowed for it: w8a8, w4a8".to_owned();
-            return Err(self.import.bad_tensor(name, problem));
+            return Ok(Some(Input::Floats(tensor)));
         }
         let base = name.strip_suffix(".weight").unwrap_or(name);
         Ok(Some(Input::Levels(self.levels(base, kind, tensor)?)))
     }
 
+    /// Why the tensor `name`, which the scheme leaves as it is, may not be int8.
+    fn why_not_int8(&self, name: &str) -> String {
+        let packed = ModelConfig { quant: QuantScheme::uniform(PackedFormat::W8A8), ..self.config.clone() };
+        let spec = expected_tensors(&packed).into_iter().find(|spec| spec.name == name);
+        match spec.and_then(|spec| spec.packed).map(|packed| packed.role) {
+            None => "is described as int8; it must be FLOAT (F32, F16, BF16)".to_owned(),
+            Some(role) => {
+                let option = match role {
+                    WeightRole::Mlp => "scheme".to_owned(),
+                    role => role_name(role).replace('_', "-"),
+                };
+                format!("int8 weights cannot stay as they are; give --{option} w8a8 or w4a8")
+            }
+        }
+    }
+
     /// The tensor for `spec`, of the right shape and type for its kind; else the problem is noted.
     fn tensor(&mut self, spec: &TensorSpec, kind: Kind) -> Option<StoredTensor> {
-        let name = spec.name.clone();
-        let Some(tensor) = tensor_for(&self.import.checkpoint, self.config, &name) else {
+        let name = source_name(self.config, &spec.name).to_owned();
+        let Some(tensor) = self.import.checkpoint.get(&name) else {
             self.problems.push(TensorProblem::Missing { name, shape: spec.shape.clone() });
             return None;
         };

@@ -2,17 +2,20 @@
 //! thread writes while all others convert the next piece.
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, sync_channel};
 
 use moge_kernels::{Cpu, PackError};
-use moge_model::{CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, QuantScheme, WriteError, io_error, write_file};
+use moge_model::{
+    CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, ModelConfig, QuantScheme, WriteError, io_error, read_file, write_file,
+};
 
 use crate::damage::{Damage, Rounding, TensorDamage};
 use crate::error::QuantizeError;
-use crate::journal::{self, Identity, Journal, Record};
+use crate::journal::{self, Identity, Journal, Record, entries_of, read_error, refuse_files_in};
 use crate::pieces::Piece;
 use crate::source::{Item, Source};
 
@@ -26,6 +29,8 @@ const WAITING_PIECES: usize = 1;
 #[derive(Debug)]
 pub struct Job {
     source: Source,
+    /// The tokenizer and the like, by name: read before the work, so that they cannot fail after it.
+    small_files: Vec<(OsString, Vec<u8>)>,
     out: PathBuf,
     identity: Identity,
     /// What an earlier run brought to the disk.
@@ -49,7 +54,8 @@ impl Job {
     /// If the source is refused, does not fit the scheme, or `out` holds anything else.
     pub fn open(model: &Path, out: &Path, scheme: QuantScheme) -> Result<Job, QuantizeError> {
         let source = Source::open(model, scheme)?;
-        let identity = Identity::of(model, scheme).map_err(|error| io_error(model, error))?;
+        let identity = Identity::of(model, scheme)?;
+        let small_files = read_small_files(model)?;
         let complete = match journal::read(out, &identity)? {
             Some(complete) => complete,
             None => {
@@ -57,7 +63,12 @@ impl Job {
                 Vec::new()
             }
         };
-        Ok(Job { source, out: out.to_owned(), identity, complete })
+        Ok(Job { source, small_files, out: out.to_owned(), identity, complete })
+    }
+
+    /// The network of the source.
+    pub fn config(&self) -> &ModelConfig {
+        &self.source.config
     }
 
     /// Bytes of weights that the output will have.
@@ -85,7 +96,8 @@ impl Job {
         progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
     ) -> Result<Damage, QuantizeError> {
         fs::create_dir_all(&self.out).map_err(|source| io_error(&self.out, source))?;
-        let journal = Journal::open(&self.out, &self.identity)?;
+        let (journal, complete) = Journal::open(&self.out, &self.identity)?;
+        self.complete = complete;
         let plan = self.source.items.iter().map(Item::planned).collect();
         let num_complete = self.complete.len();
         let mut writer = CheckpointWriter::resume(&self.out, plan, DEFAULT_MAX_SHARD_BYTES, num_complete)?;
@@ -177,16 +189,11 @@ impl Job {
         }
     }
 
-    /// Copy the tokenizer and the like, then write the config.
+    /// Write the tokenizer and the like, then the config.
     fn write_small_files(&self) -> Result<(), QuantizeError> {
-        let (from, to) = (&self.source.dir, &self.out);
-        let entries = fs::read_dir(from).map_err(|source| io_error(from, source))?;
-        for entry in entries {
-            let entry = entry.map_err(|source| io_error(from, source))?;
-            if is_small_file(&entry.file_name().to_string_lossy()) {
-                let bytes = moge_model::read_file(&entry.path()).map_err(|source| io_error(&entry.path(), source))?;
-                write_file(&to.join(entry.file_name()), &bytes)?;
-            }
+        let to = &self.out;
+        for (name, bytes) in &self.small_files {
+            write_file(&to.join(name), bytes)?;
         }
         let config = serde_json::to_string_pretty(&self.source.config_json).expect("JSON can be written");
         write_file(&to.join("config.json"), format!("{config}\n").as_bytes())?;
@@ -237,17 +244,22 @@ fn num_bytes(item: &Item) -> u64 {
     planned.shape.iter().map(|&size| size as u64).product::<u64>() * (planned.dtype.bitsize() / 8) as u64
 }
 
-/// Refuse a directory that holds anything.
-fn refuse_files_in(dir: &Path) -> Result<(), QuantizeError> {
-    match fs::read_dir(dir) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(source) => Err(io_error(dir, source).into()),
-        Ok(mut entries) => match entries.next() {
-            None => Ok(()),
-            Some(Ok(entry)) => Err(QuantizeError::NotEmpty { dir: dir.to_owned(), found: entry.file_name() }),
-            Some(Err(source)) => Err(io_error(dir, source).into()),
-        },
+/// The files in `dir` that belong to a checkpoint beside weights and config. Directories do not, whatever their names.
+fn read_small_files(dir: &Path) -> Result<Vec<(OsString, Vec<u8>)>, QuantizeError> {
+    let mut files = Vec::new();
+    for entry in entries_of(dir)? {
+        let path = entry.path();
+        let read = || match entry.file_type()?.is_dir() {
+            true => Ok(None),
+            false => read_file(&path).map(Some),
+        };
+        if is_small_file(&entry.file_name().to_string_lossy())
+            && let Some(bytes) = read().map_err(|error| read_error(&path, error))?
+        {
+            files.push((entry.file_name(), bytes));
+        }
     }
+    Ok(files)
 }
 
 /// True for the files that belong to a checkpoint beside weights and config.

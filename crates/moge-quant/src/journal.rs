@@ -1,12 +1,12 @@
 //! The journal of an unfinished output: what it is made of, and which tensors are on the disk. One JSON value per line; a
 //! last line without its end was being written and does not count.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{DirEntry, File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
-use moge_model::{JOURNAL_NAME, QuantScheme, WriteError};
+use moge_model::{JOURNAL_NAME, QuantScheme, WriteError, io_error};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -37,15 +37,14 @@ pub(crate) struct Record {
 
 impl Identity {
     /// Of the JSON and weight files in `dir`, quantised as `scheme` says.
-    pub(crate) fn of(dir: &Path, scheme: QuantScheme) -> io::Result<Identity> {
+    pub(crate) fn of(dir: &Path, scheme: QuantScheme) -> Result<Identity, QuantizeError> {
         let mut source = Vec::new();
-        for entry in std::fs::read_dir(dir)? {
-            let entry = entry?;
+        for entry in entries_of(dir)? {
             let name = entry.file_name().to_string_lossy().into_owned();
             if name.ends_with(".safetensors") || name.ends_with(".json") {
-                let metadata = std::fs::metadata(entry.path())?;
-                let modified = metadata.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
-                source.push(SourceFile { name, num_bytes: metadata.len(), modified_ns: modified.as_nanos() as u64 });
+                let path = entry.path();
+                let file = SourceFile::of(name, &path).map_err(|error| read_error(&path, error))?;
+                source.push(file);
             }
         }
         source.sort_by(|a, b| a.name.cmp(&b.name));
@@ -62,13 +61,23 @@ impl Identity {
     }
 }
 
-/// Read the journal in `dir`, if there is one: the tensors that are on the disk.
+impl SourceFile {
+    fn of(name: String, path: &Path) -> io::Result<SourceFile> {
+        let metadata = std::fs::metadata(path)?;
+        let modified = metadata.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Ok(SourceFile { name, num_bytes: metadata.len(), modified_ns: modified.as_nanos() as u64 })
+    }
+}
+
+/// Read the journal in `dir`, if work was begun there: the tensors that are on the disk.
 pub(crate) fn read(dir: &Path, identity: &Identity) -> Result<Option<Vec<Record>>, QuantizeError> {
     let path = dir.join(JOURNAL_NAME);
     match std::fs::read_to_string(&path) {
+        // Killed before the first line was whole: nothing was done yet.
+        Ok(text) if whole_lines(&text).is_empty() => Ok(None),
         Ok(text) => parse(dir, &path, &text, identity).map(Some),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(WriteError::Io { path, source }.into()),
+        Err(error) => Err(read_error(&path, error)),
     }
 }
 
@@ -79,7 +88,6 @@ fn parse(dir: &Path, path: &Path, text: &str, identity: &Identity) -> Result<Vec
         QuantizeError::Write(WriteError::Damaged { path: path.to_owned(), problem })
     };
     let mut lines = whole.lines().enumerate();
-    // Killed before the first line was whole: nothing was done yet.
     let Some((_, first)) = lines.next() else { return Ok(Vec::new()) };
     let found: Identity = serde_json::from_str(first).map_err(|error| damaged(0, error))?;
     if let Some(what) = found.difference(identity) {
@@ -102,10 +110,11 @@ pub(crate) struct Journal {
 }
 
 impl Journal {
-    /// Open the journal in `dir` to add lines, or begin it.
-    pub(crate) fn open(dir: &Path, identity: &Identity) -> Result<Journal, QuantizeError> {
+    /// Open the journal in `dir` to add lines, or begin it. With it come the tensors that are on the disk: until now
+    /// another process may have added some.
+    pub(crate) fn open(dir: &Path, identity: &Identity) -> Result<(Journal, Vec<Record>), QuantizeError> {
         let path = dir.join(JOURNAL_NAME);
-        let io_error = |source| WriteError::Io { path: path.clone(), source };
+        let io_error = |source| io_error(&path, source);
         let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let mut file = open.map_err(io_error)?;
         // A file system without locks cannot tell us of others.
@@ -114,13 +123,25 @@ impl Journal {
         }
         let text = io::read_to_string(&file).map_err(io_error)?;
         let len = whole_lines(&text).len() as u64;
+        // One who finished until now has removed the journal: what we have locked is that one, or new.
+        let is_removed = !path.exists();
+        if len == 0 || is_removed {
+            refuse_files_in(dir).inspect_err(|_| {
+                // The other files are what the caller must know of, whether or not ours can be removed.
+                let _ = std::fs::remove_file(&path);
+            })?;
+        }
+        if is_removed {
+            return Err(QuantizeError::Busy { dir: dir.to_owned() });
+        }
+        let complete = parse(dir, &path, &text, identity)?;
         file.set_len(len).and_then(|()| file.seek(SeekFrom::End(0))).map_err(io_error)?;
         let mut journal = Journal { path: path.clone(), file, waiting: Vec::new() };
         if len == 0 {
             journal.add_line(identity);
             journal.flush()?;
         }
-        Ok(journal)
+        Ok((journal, complete))
     }
 
     /// Note a tensor, which must be on the disk at the next [`Journal::flush`].
@@ -137,11 +158,35 @@ impl Journal {
     pub(crate) fn flush(&mut self) -> Result<(), WriteError> {
         let written = self.file.write_all(&self.waiting).and_then(|()| self.file.sync_data());
         self.waiting.clear();
-        written.map_err(|source| moge_model::io_error(&self.path, source))
+        written.map_err(|source| io_error(&self.path, source))
     }
 
     /// The output is whole.
     pub(crate) fn remove(self) -> Result<(), WriteError> {
-        std::fs::remove_file(&self.path).map_err(|source| WriteError::Io { path: self.path.clone(), source })
+        std::fs::remove_file(&self.path).map_err(|source| io_error(&self.path, source))
     }
+}
+
+/// Refuse a directory that holds anything but a journal.
+pub(crate) fn refuse_files_in(dir: &Path) -> Result<(), QuantizeError> {
+    match std::fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(read_error(dir, error)),
+        Ok(_) => {}
+    }
+    match entries_of(dir)?.into_iter().find(|entry| entry.file_name() != JOURNAL_NAME) {
+        None => Ok(()),
+        Some(entry) => Err(QuantizeError::NotEmpty { dir: dir.to_owned(), found: entry.file_name() }),
+    }
+}
+
+/// What is in a directory.
+pub(crate) fn entries_of(dir: &Path) -> Result<Vec<DirEntry>, QuantizeError> {
+    let entries = std::fs::read_dir(dir).and_then(Iterator::collect);
+    entries.map_err(|error| read_error(dir, error))
+}
+
+/// That `path` cannot be read.
+pub(crate) fn read_error(path: &Path, source: io::Error) -> QuantizeError {
+    QuantizeError::Read { path: path.to_owned(), source }
 }

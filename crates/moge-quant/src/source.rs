@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use moge_model::{
     Checkpoint, CheckpointError, ConfigError, LoadMode, ModelConfig, PlannedTensor, QuantScheme, StoredTensor,
-    TensorSpec, expected_tensors, read_file, tensor_problems,
+    TensorSpec, expected_tensors, read_file, source_name, tensor_problems,
 };
 use safetensors::Dtype;
 use serde_json::{Map, Value};
@@ -12,13 +12,11 @@ use serde_json::{Map, Value};
 use crate::error::QuantizeError;
 use crate::import::{Import, Levels, StaticBias};
 
-/// The embedding, which is also the head where the two are tied.
-const EMBEDDING_NAME: &str = "model.embed_tokens.weight";
-
 /// A checkpoint, opened and checked, and what will be made of it.
 #[derive(Debug)]
 pub(crate) struct Source {
     pub(crate) dir: PathBuf,
+    pub(crate) config: ModelConfig,
     /// Of the output.
     pub(crate) config_json: Map<String, Value>,
     /// The tensors of the output.
@@ -63,14 +61,14 @@ impl Source {
                 let checkpoint = Checkpoint::open(dir, LoadMode::Mmap, &|_, _| ())?;
                 refuse(dir, tensor_problems(&config, &checkpoint))?;
                 let floats = |spec: TensorSpec| {
-                    let tensor = tensor_for(&checkpoint, &config, &spec.name).expect("checked to be there");
+                    let tensor = checkpoint.get(source_name(&config, &spec.name)).expect("checked to be there");
                     Item { input: Input::Floats(tensor.clone()), spec }
                 };
                 specs.into_iter().map(floats).collect()
             }
         };
         config_json.insert("quantization_config".to_owned(), scheme.to_json());
-        Ok(Source { dir: dir.to_owned(), config_json, items })
+        Ok(Source { dir: dir.to_owned(), config, config_json, items })
     }
 }
 
@@ -92,12 +90,6 @@ fn load_config(dir: &Path, is_import: bool) -> Result<(ModelConfig, Map<String, 
     }
     let bytes = serde_json::to_vec(&fields).expect("it was JSON");
     Ok((ModelConfig::from_json(&bytes, &file)?, fields))
-}
-
-/// The tensor of `checkpoint` that `name` takes its numbers from: a tied head those of the embedding.
-pub(crate) fn tensor_for<'a>(checkpoint: &'a Checkpoint, config: &ModelConfig, name: &str) -> Option<&'a StoredTensor> {
-    let tied = config.tie_word_embeddings && name == "lm_head.weight";
-    checkpoint.get(name).or_else(|| checkpoint.get(EMBEDDING_NAME).filter(|_| tied))
 }
 
 /// Fail if there are problems.

@@ -262,6 +262,36 @@ fn a_scale_may_be_the_bits_of_an_f32_in_an_int64() {
 }
 
 #[test]
+fn an_int64_that_is_more_than_the_bits_of_an_f32_is_refused_by_place() {
+    let name = "model.layers.0.self_attn.q_proj.deq_scale";
+    let mut int8 = Int8::new(Architecture::PanguProMoe);
+    let tensor = int8.tensors.get_mut(name).unwrap();
+    let words: Vec<i64> =
+        tensor.bytes.as_chunks::<4>().0.iter().map(|word| i64::from(u32::from_le_bytes(*word))).collect();
+    let value = words[5] | 3 << 32;
+    let bytes = words.iter().enumerate().flat_map(|(i, word)| if i == 5 { value } else { *word }.to_le_bytes());
+    *tensor = Tensor { dtype: Dtype::I64, shape: tensor.shape.clone(), bytes: bytes.collect() };
+    let message = int8.refused();
+    assert!(message.contains(&format!("{name}: {value} at 5; allowed")), "{message}");
+}
+
+#[test]
+fn the_type_of_a_projection_says_nothing_of_its_float_bias() {
+    let mut int8 = Int8::new(Architecture::PanguEmbedded);
+    let base = "model.layers.0.self_attn.q_proj";
+    for suffix in ["deq_scale", "input_scale", "input_offset", "quant_bias"] {
+        int8.tensors.remove(&format!("{base}.{suffix}")).unwrap();
+    }
+    int8.quantize(3, &format!("{base}.weight"), false);
+    let name = format!("{base}.bias");
+    int8.description[&name] = "W8A8_DYNAMIC".into();
+    int8.write(DEFAULT_MAX_SHARD_BYTES);
+    quantize(&int8.model(), &int8.out("q"), QuantScheme::uniform(PackedFormat::W8A8)).unwrap();
+    let written = Quantized::open(&int8.out("q"));
+    assert_eq!(written.checkpoint.get(&name).unwrap().bytes(), int8.tensors[&name].bytes);
+}
+
+#[test]
 fn a_missing_or_wrong_companion_of_a_weight_is_named() {
     let moe = "model.layers.1.mlp.experts.0.up_proj";
     let q = "model.layers.0.self_attn.q_proj";
@@ -310,7 +340,12 @@ fn types_that_are_not_implemented_are_refused_by_name() {
     }
     let int8 = Int8::new(Architecture::PanguProMoe);
     let scheme = QuantScheme { attention: None, ..QuantScheme::uniform(PackedFormat::W8A8) };
-    assert!(int8.refused_as(scheme).contains("q_proj.weight: is int8 and cannot stay so"));
+    assert!(
+        int8.refused_as(scheme).contains("q_proj.weight: int8 weights cannot stay as they are; give --attention w8a8")
+    );
+    let mut int8 = Int8::new(Architecture::PanguProMoe);
+    int8.description["model.norm.weight"] = "W8A8".into();
+    assert!(int8.refused().contains("model.norm.weight: is described as int8; it must be FLOAT"));
 }
 
 #[test]

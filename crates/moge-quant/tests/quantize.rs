@@ -3,11 +3,17 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::ops::ControlFlow;
 
-use moge_kernels::PackedFormat;
-use moge_model::{Architecture, Checkpoint, JOURNAL_NAME, LoadMode, ModelConfig, QuantScheme};
-use moge_quant::QuantizeError;
+use moge_kernels::{Cpu, Isa, PackedFormat};
+use moge_model::{
+    Architecture, Checkpoint, CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, JOURNAL_NAME, LoadMode, ModelConfig,
+    PlannedTensor, QuantScheme,
+};
+use moge_quant::{Job, QuantizeError};
+use safetensors::Dtype;
 
 use common::{Quantized, files_in, mixed_scheme, numbers_of, quantize, quantize_with, synth, synth_config};
 
@@ -131,6 +137,69 @@ fn unfinished_work_is_not_continued_with_another_scheme_or_source_or_by_two() {
     refused(mixed_scheme(), "the source was changed since");
     fs::write(out.join(JOURNAL_NAME), "{}\n").unwrap();
     refused(mixed_scheme(), "unfinished.jsonl: line 1");
+}
+
+#[test]
+fn what_another_run_did_since_the_job_was_opened_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out) = (dir.path().join("m"), dir.path().join("q"));
+    synth(&model, &synth_config(Architecture::PanguEmbedded));
+    quantize(&model, &dir.path().join("whole"), mixed_scheme()).unwrap();
+    let whole = files_in(&dir.path().join("whole"));
+    let cpu = Cpu::new(Isa::best(), 2);
+    let open = || Job::open(&model, &out, mixed_scheme()).unwrap();
+    let begun = open();
+    quantize_with(&model, &out, mixed_scheme(), 2, 5).unwrap_err();
+    let early = open();
+    begun.run(&cpu, &mut |_, _| ControlFlow::Continue(())).unwrap();
+    assert!(files_in(&out) == whole);
+    let error = early.run(&cpu, &mut |_, _| ControlFlow::Continue(())).unwrap_err();
+    assert!(matches!(error, QuantizeError::NotEmpty { .. }), "{error}");
+    assert!(files_in(&out) == whole, "no journal is left");
+}
+
+#[test]
+fn a_tied_head_is_the_embedding_whatever_copy_lies_beside_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out) = (dir.path().join("m"), dir.path().join("q"));
+    let config = synth_config(Architecture::Qwen3);
+    synth(&model, &moge_model::synth::SynthConfig { tie_word_embeddings: true, ..config });
+    quantize(&model, &dir.path().join("whole"), mixed_scheme()).unwrap();
+    let source = Checkpoint::open(&model, LoadMode::Read, &|_, _| ()).unwrap();
+    let mut tensors: BTreeMap<String, PlannedTensor> = BTreeMap::new();
+    for (name, tensor) in source.tensors() {
+        let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
+        tensors.insert(name.to_owned(), PlannedTensor { name: name.to_owned(), dtype, shape });
+    }
+    let name = "lm_head.weight".to_owned();
+    tensors.insert(name.clone(), PlannedTensor { name, dtype: Dtype::I8, shape: vec![3] });
+    fs::remove_file(model.join("model.safetensors")).unwrap();
+    let plan = tensors.into_values().collect();
+    let mut writer = CheckpointWriter::create(&model, plan, DEFAULT_MAX_SHARD_BYTES).unwrap();
+    for tensor in writer.tensors().to_vec() {
+        writer.append(source.get(&tensor.name).map_or(&[1, 2, 3], |tensor| tensor.bytes())).unwrap();
+    }
+    writer.finish().unwrap();
+    quantize(&model, &out, mixed_scheme()).unwrap();
+    assert!(files_in(&out) == files_in(&dir.path().join("whole")));
+}
+
+#[cfg(unix)]
+#[test]
+fn a_small_file_that_cannot_be_read_is_named_before_the_work_and_a_directory_is_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out) = (dir.path().join("m"), dir.path().join("q"));
+    synth(&model, &synth_config(Architecture::PanguEmbedded));
+    fs::create_dir(model.join("tokenizer_files")).unwrap();
+    std::os::unix::fs::symlink("absent", model.join("README.md")).unwrap();
+    let error = quantize(&model, &out, mixed_scheme()).unwrap_err().to_string();
+    assert!(error.contains("README.md: a link that leads nowhere") && !out.exists(), "{error}");
+    fs::remove_file(model.join("README.md")).unwrap();
+    std::os::unix::fs::symlink("absent", model.join("extra.json")).unwrap();
+    let error = quantize(&model, &out, mixed_scheme()).unwrap_err().to_string();
+    assert!(error.contains("extra.json: "), "{error}");
+    fs::remove_file(model.join("extra.json")).unwrap();
+    quantize(&model, &out, mixed_scheme()).unwrap();
 }
 
 #[test]

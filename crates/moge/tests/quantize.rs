@@ -177,6 +177,16 @@ fn what_cannot_be_quantised_is_refused_by_name() {
     assert_refused(&args("w3a8"), &["w3a8", "w8a8", "w4a8"]);
     assert_refused(&args("w4a8"), &["down_proj.weight: 40 columns cannot be w4a8", "multiple of 32"]);
     assert!(!folder.path("q").exists(), "nothing is written for what is refused");
+    let report = folder.arg("absent/report.json");
+    assert_refused(&[&args("w8a8")[..], &["--report", &report]].concat(), &[&report]);
+    assert_eq!(files_in(&folder.path("q")).len(), 0, "the report is checked before the work");
+    let dense = folder.arg("dense");
+    stdout(moge(&["synth", &dense, "--arch", "qwen3"]));
+    let options = ["--scheme", "w8a8", "--shared-expert", "w8a8"];
+    assert_refused(
+        &[&["quantize", "--model", &dense, "--out", &out], &options[..]].concat(),
+        &["--shared-expert: this network has none"],
+    );
     folder.quantize("q", "w8a8", &[]);
     assert_refused(&args("w8a8"), &["q: not empty"]);
     let again = folder.arg("again");

@@ -220,4 +220,7 @@ fn files_that_are_not_as_they_were_left_are_not_resumed() {
     fs::write(&path, bytes).unwrap();
     fs::write(&whole, "short").unwrap();
     refused("were written");
+    fs::remove_file(&whole).unwrap();
+    let error = CheckpointWriter::resume(dir.path(), plan(), 250, num_complete).unwrap_err();
+    assert!(matches!(&error, WriteError::Damaged { problem, .. } if problem == "it is missing"), "{error}");
 }

@@ -1,14 +1,15 @@
 //! `moge quantize`: a checkpoint to one in the packed layout.
 
-use std::fmt;
+use std::fs::{self, OpenOptions};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::{fmt, io};
 
 use anyhow::{Context, Result, bail};
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use indicatif::DecimalBytes;
-use moge_model::{Cpu, Isa, MAX_THREADS, PackedFormat, QuantScheme, WriteError, available_threads};
+use moge_model::{Cpu, Isa, MAX_THREADS, MlpConfig, PackedFormat, QuantScheme, WriteError, available_threads};
 use moge_quant::{Damage, Job, QuantizeError};
 
 use crate::cmd::synth::check_free_space;
@@ -71,8 +72,16 @@ impl RoleFormat {
 /// Quantise as `args` say, and print what that did to the weights.
 pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
     let job = Job::open(&args.model, &args.out, args.scheme())?;
+    if args.shared_expert.is_some() && matches!(job.config().mlp, MlpConfig::Dense { .. }) {
+        bail!("--shared-expert: this network has none");
+    }
     let (output_bytes, missing_bytes) = (job.output_bytes(), job.missing_bytes());
     check_free_space(&args.out, missing_bytes)?;
+    if let Some(file) = &args.report {
+        // The report may be wanted beside what it is about.
+        fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
+        check_writable(file).with_context(|| file.display().to_string())?;
+    }
     if missing_bytes < output_bytes {
         let done = DecimalBytes(output_bytes - missing_bytes);
         tracing::warn!("{}: going on after {done} of {}", args.out.display(), DecimalBytes(output_bytes));
@@ -105,9 +114,16 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
     };
     if let Some(file) = &args.report {
         let json = serde_json::to_string_pretty(&damage)?;
-        std::fs::write(file, json + "\n").with_context(|| file.display().to_string())?;
+        fs::write(file, json + "\n").with_context(|| file.display().to_string())?;
     }
     output::print(Summary { args, output_bytes, damage: &damage })
+}
+
+/// Refuse a file that cannot be written when the work is done. What it holds stays until then.
+fn check_writable(file: &Path) -> io::Result<()> {
+    let is_new = fs::symlink_metadata(file).is_err();
+    OpenOptions::new().write(true).create(true).truncate(false).open(file)?;
+    if is_new { fs::remove_file(file) } else { Ok(()) }
 }
 
 impl QuantizeArgs {
