@@ -65,7 +65,7 @@ fn bench(cpu: &Cpu, memory: &MemoryRead, weights: &Weights, product: Int8Product
     let mut quantized = QuantizedRows::with_capacity(num_rows, INTER, NUM_EXPERTS);
     quantized.quantize(cpu, &inner, INTER, GroupedRows { source_rows: None, ..grouped });
     let down = |e: usize| weights.down(e);
-    let experts = ExpertsDown { inner: &quantized, down: &down, source_rows: &source_rows, weights: &factors };
+    let experts = ExpertsDown { inner: &quantized, down: &down, source_rows: &source_rows, row_weights: &factors };
     report("down", 1.0, &mut || seconds(|| packed_experts_down(cpu, &mut residual, HIDDEN, experts)));
 }
 

@@ -29,7 +29,8 @@ const NARROW_STEPS: usize = 8;
 /// The integer product that a weight format needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Int8Product {
-    /// int8 weights by int8 activations. AVX2 must widen both to 16 bits: `vpmaddwd` and `vpaddd` for 16 products.
+    /// int8 weights by int8 activations. On AVX2 `vpmaddwd` and `vpaddd` for 16 products; two `vpmaddubsw` and `vpaddw` on
+    /// nibbles have the same rate.
     I8xI8,
     /// Unsigned int4 weights by int8 activations. On AVX2 sums of eight steps fit 16 bits: `vpmaddubsw` and `vpaddw` for
     /// 32 products, and `vpmaddwd` and `vpaddd` after every eighth.

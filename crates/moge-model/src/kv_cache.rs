@@ -22,12 +22,13 @@ impl KvCache {
 
     /// Store the same keys and values in every layer, for measuring a context that nobody computed. Shapes and panics are
     /// those of `write_qkv` without norms and RoPE.
-    pub fn write(&mut self, cpu: &Cpu, config: &ModelConfig, [k, v]: [&mut [f32]; 2], sequences: &[SequenceRows]) {
+    pub fn write(&mut self, cpu: &Cpu, config: &ModelConfig, [k, v]: [&[f32]; 2], sequences: &[SequenceRows]) {
         let num_rows = sequences.iter().map(|sequence| sequence.num_rows).sum();
         let mut scratch = AttentionScratch::new(AttentionLimits {
             num_threads: cpu.num_threads(),
             max_rows: num_rows,
-            max_context: sequences.iter().map(|s| s.first_position + s.num_rows).max().unwrap_or(0),
+            // Nothing attends.
+            max_context: 0,
             num_q_heads: config.num_q_heads,
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
@@ -42,7 +43,9 @@ impl KvCache {
         };
         let mut q = vec![0.0; num_rows * config.q_size()];
         for layer in &mut self.layers {
-            write_qkv(cpu, [&mut q, &mut *k, &mut *v], params, layer, sequences, &mut scratch);
+            // Writing leaves in its inputs what it likes.
+            let (mut k, mut v) = (k.to_vec(), v.to_vec());
+            write_qkv(cpu, [&mut q, &mut k, &mut v], params, layer, sequences, &mut scratch);
         }
     }
 

@@ -320,7 +320,7 @@ fn packed_experts(cpu: &Cpu, experts: &Experts, work: &mut Workspace) {
         inner: dispatched,
         down: &|e| experts.routed[e].down.packed(),
         source_rows: &dispatch.source_rows,
-        weights: &dispatch.row_weights,
+        row_weights: &dispatch.row_weights,
     };
     packed_experts_down(cpu, hidden, widths.hidden, down);
     profile.mark(Operator::RoutedDown);

@@ -108,7 +108,11 @@ impl Widths {
             }
         };
         let quant = &config.quant;
-        let quantized = if quant.is_none() { 0 } else { config.hidden_size.max(config.q_size()).max(inner) };
+        let dense_inner = match &config.mlp {
+            MlpConfig::Dense { intermediate_size } => *intermediate_size,
+            MlpConfig::GroupedExperts(moe) => moe.shared_intermediate_size,
+        };
+        let quantized = if quant.is_none() { 0 } else { config.hidden_size.max(config.q_size()).max(dense_inner) };
         let dispatched = match &config.mlp {
             MlpConfig::GroupedExperts(moe) if quant.mlp.is_some() => {
                 config.hidden_size.max(moe.expert_intermediate_size)

@@ -125,10 +125,10 @@ pub struct ExpertsDown<'a, 'w> {
     /// Row of the residual stream of each dispatched row.
     pub source_rows: &'a [u32],
     /// Factor of each dispatched row.
-    pub weights: &'a [f32],
+    pub row_weights: &'a [f32],
 }
 
-/// `residual[t] += sum over experts e in order, sum over the rows d of e that belong to t: weights[d] * (down(e) . inner[d])`,
+/// `residual[t] += sum over experts e in order, sum over the rows d of e that belong to t: row_weights[d] * (down(e) . inner[d])`,
 /// added to the residual stream one after another: the last products of experts and their weighted sum in one.
 ///
 /// Shapes: `residual` `[num_rows, hidden]`. Every part of the work has some columns of all rows, so the order of a
@@ -137,10 +137,10 @@ pub struct ExpertsDown<'a, 'w> {
 /// # Panics
 /// If a length does not fit or a source row is out of bounds.
 pub fn packed_experts_down(cpu: &Cpu, residual: &mut [f32], hidden: usize, experts: ExpertsDown<'_, '_>) {
-    let ExpertsDown { inner, down, source_rows, weights } = experts;
+    let ExpertsDown { inner, down, source_rows, row_weights } = experts;
     let num_rows = residual.len() / hidden;
     assert_eq!(residual.len(), num_rows * hidden, "residual in rows of {hidden}");
-    assert!(source_rows.len() == inner.num_rows() && weights.len() == inner.num_rows(), "rows of the experts");
+    assert!(source_rows.len() == inner.num_rows() && row_weights.len() == inner.num_rows(), "rows of the experts");
     assert!(source_rows.iter().all(|&row| (row as usize) < num_rows), "a source row is not below {num_rows}");
     let residual = SharedMut::new(residual);
     let isa = cpu.isa();
@@ -161,7 +161,7 @@ pub fn packed_experts_down(cpu: &Cpu, residual: &mut [f32], hidden: usize, exper
                         // SAFETY: Parts are disjoint in columns.
                         let residual = unsafe { residual.slice(start + cols.start..start + cols.end) };
                         for (residual, product) in residual.iter_mut().zip(products) {
-                            *residual += weights[row] * product;
+                            *residual += row_weights[row] * product;
                         }
                     }
                 });

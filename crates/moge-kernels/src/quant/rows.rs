@@ -14,7 +14,7 @@ pub(super) const TILE_ROWS: usize = 64;
 /// Rows that a thread quantises at a time: some microseconds of work.
 const CHUNK_ROWS: usize = 8;
 
-/// Largest level. Not 128: the products' sums must fit (see [`crate::simd::Dot`]), and the range is symmetric.
+/// Largest level: the range is symmetric.
 const MAX_LEVEL: f32 = 127.0;
 
 /// Rows of inputs, each quantised to -127..=127 with a scale of its own: `x = scale * level`, to the nearest level, ties to even,
@@ -223,6 +223,10 @@ impl<P: FnMut(usize, &[i8; BLOCK_LEN])> SimdOp for QuantizeRow<'_, P> {
         let scale = if largest.is_finite() { largest / MAX_LEVEL } else { f32::NAN };
         // Below the smallest normal number its inverse would be infinite: such a row is zero.
         let inverse = if scale >= f32::MIN_POSITIVE { 1.0 / scale } else { 0.0 };
+        if inverse == 0.0 {
+            (0..self.x.len().div_ceil(BLOCK_LEN)).for_each(|block| (self.put)(block, &[0; BLOCK_LEN]));
+            return scale;
+        }
         for (block, x) in self.x.chunks(BLOCK_LEN).enumerate() {
             let mut levels = [0i8; BLOCK_LEN];
             if x.len() == BLOCK_LEN {

@@ -217,8 +217,12 @@ fn experts_get_their_own_rows_and_are_added_in_their_order() {
             let quantized_inner = quantize(&cpu, &inner, inter, GroupedRows { source_rows: None, ..rows });
             let mut residual = before.clone();
             let down_of = |e: usize| down[e].matrix();
-            let experts =
-                ExpertsDown { inner: &quantized_inner, down: &down_of, source_rows: &source_rows, weights: &weights };
+            let experts = ExpertsDown {
+                inner: &quantized_inner,
+                down: &down_of,
+                source_rows: &source_rows,
+                row_weights: &weights,
+            };
             packed_experts_down(&cpu, &mut residual, hidden, experts);
             let mut expected: Vec<f64> = before.iter().map(|&x| f64::from(x)).collect();
             for (row, inner) in inner.chunks(inter).enumerate() {
@@ -280,7 +284,7 @@ fn no_row_at_all_is_fine() {
         let none = quantize(&cpu, &[], 32, one_expert(&[0, 0]));
         gemm(&cpu, &mut [], &none, &weight, None);
         packed_swiglu(&cpu, &mut [], &none, &|_| [weight.matrix(); 2]);
-        let none_down = ExpertsDown { inner: &none, down: &|_| weight.matrix(), source_rows: &[], weights: &[] };
+        let none_down = ExpertsDown { inner: &none, down: &|_| weight.matrix(), source_rows: &[], row_weights: &[] };
         packed_experts_down(&cpu, &mut [], 40, none_down);
     }
 }

@@ -93,14 +93,14 @@ impl Case {
         let width = config.kv_size();
         let mut random = Random(0);
         let mut rows = || -> Vec<f32> { (0..BLOCK_SIZE * width).map(|_| random.next_unit()).collect() };
-        let (mut k, mut v) = (rows(), rows());
+        let (k, v) = (rows(), rows());
         for sequence in 0..self.batch() {
             let mut rows = SequenceRows { num_rows: 0, first_position: 0, block_table: self.block_table(sequence) };
             for first_position in (0..self.context()).step_by(BLOCK_SIZE) {
                 rows.first_position = first_position;
                 rows.num_rows = BLOCK_SIZE.min(self.context() - first_position);
                 let len = rows.num_rows * width;
-                kv_cache.write(cpu, config, [&mut k[..len], &mut v[..len]], std::slice::from_ref(&rows));
+                kv_cache.write(cpu, config, [&k[..len], &v[..len]], std::slice::from_ref(&rows));
             }
         }
         kv_cache
