@@ -67,7 +67,7 @@ fn both_engines_are_told_the_same_work() {
     let ours = |work: Work| words(&work.our_command(Path::new("moge"), Path::new("D"), settings));
 
     assert_eq!(theirs(PREFILL, repacked), "one --model M --threads 3 -n 0 -p 512 --repack 1 -r 1 -o jsonl");
-    assert_eq!(ours(PREFILL), "moge bench --model D --threads 3 --repetitions 3 --format json --prefill 512");
+    assert_eq!(ours(PREFILL), "moge bench --model D --threads 3 --repetitions 3 --format json --kv bf16 --prefill 512");
     assert_eq!(theirs(DECODE, as_it_is), "one --model M --threads 3 -p 0 -n 16 -d 128 --repack 0 -r 1 -o jsonl");
     assert_eq!(
         theirs(BATCHED, as_it_is),
@@ -75,7 +75,7 @@ fn both_engines_are_told_the_same_work() {
     );
     assert_eq!(
         ours(BATCHED),
-        "moge bench --model D --threads 3 --repetitions 3 --format json --decode 16 --batch 8 --context 128"
+        "moge bench --model D --threads 3 --repetitions 3 --format json --kv bf16 --decode 16 --batch 8 --context 128"
     );
 }
 
