@@ -2,20 +2,26 @@
 //!
 //! `cargo bench -p moge-kernels --bench quant [-- NUM_THREADS [ISA]]` prints, for each format and number of rows per
 //! expert, the median over some repetitions, each paired with a measurement of the ceiling just before it. Weights come
-//! from memory: there are more than any cache holds.
+//! from memory: there are more than any cache holds. Before that, the best of many repetitions on one panel of weights that
+//! stays in L2, on one thread, beside the best ceiling: what the inner loop does when nothing disturbs it.
 
 mod common;
 
 use common::{cpu_of_arguments, median, seconds};
 use moge_kernels::{
-    Cpu, ExpertsDown, GroupedRows, Int8Product, MemoryRead, PackedFormat, PackedMatrix, QuantizedRows, int8_ops_per_s,
-    packed_experts_down, packed_swiglu,
+    Cpu, ExpertsDown, GroupedRows, Int8Product, Isa, MemoryRead, PackedFormat, PackedMatrix, PackedProduct,
+    QuantizedRows, int8_ops_per_s, packed_experts_down, packed_gemm, packed_swiglu,
 };
 
 const HIDDEN: usize = 5120;
 const INTER: usize = 1344;
 const NUM_EXPERTS: usize = 64;
+/// Weight rows of a panel.
+const PANEL_ROWS: usize = 32;
 const NUM_REPETITIONS: usize = 7;
+/// Repetitions of which the best counts, and the multiply-adds of one.
+const NUM_UNDISTURBED: usize = 200;
+const UNDISTURBED_MACS: usize = 1 << 26;
 /// Rows of each expert.
 const ROWS: [usize; 7] = [1, 2, 4, 8, 16, 64, 128];
 
@@ -25,9 +31,41 @@ fn main() {
     for (format, product) in [(PackedFormat::W4A8, Int8Product::U4xI8), (PackedFormat::W8A8, Int8Product::I8xI8)] {
         let weights = Weights::new(format);
         for rows in ROWS {
+            bench_panel(cpu.isa(), &weights, product, rows);
+        }
+        for rows in ROWS {
             bench(&cpu, &memory, &weights, product, rows);
         }
     }
+}
+
+/// The product of `rows` rows with one panel that stays in L2.
+fn bench_panel(isa: Isa, weights: &Weights, product: Int8Product, rows: usize) {
+    let cpu = Cpu::new(isa, 1);
+    let x = inputs(rows);
+    let mut quantized = QuantizedRows::with_capacity(rows, HIDDEN, 1);
+    quantized.quantize(&cpu, &x, HIDDEN, GroupedRows { offsets: &[0, rows], source_rows: None });
+    let mut out = vec![0.0; rows * PANEL_ROWS];
+    let macs = rows * PANEL_ROWS * HIDDEN;
+    let products = UNDISTURBED_MACS / macs;
+    let best = |measure: &mut dyn FnMut() -> f64| (0..NUM_UNDISTURBED).map(|_| measure()).fold(0.0, f64::max);
+    let ops = best(&mut || {
+        let seconds = seconds(|| {
+            for _ in 0..products {
+                let weight = weights.weight(0, PANEL_ROWS, HIDDEN);
+                packed_gemm(&cpu, &quantized, [PackedProduct { out: &mut out, weight, bias: None }]);
+            }
+        });
+        (2 * products * macs) as f64 / seconds
+    });
+    let peak = best(&mut || int8_ops_per_s(&cpu, product));
+    let name = format!("{:?} one panel rows {rows}", weights.format);
+    println!("{name:24} {:6.0} GOP/s ({:3.0} % of int8), one thread at best", ops / 1e9, 100.0 * ops / peak);
+}
+
+/// `rows` rows of [`HIDDEN`] numbers.
+fn inputs(rows: usize) -> Vec<f32> {
+    (0..rows * HIDDEN).map(|i| ((i * 7919) % 1021) as f32 / 1021.0 - 0.5).collect()
 }
 
 /// Experts with `rows` rows each.
@@ -35,7 +73,7 @@ fn bench(cpu: &Cpu, memory: &MemoryRead, weights: &Weights, product: Int8Product
     let num_rows = NUM_EXPERTS * rows;
     let offsets: Vec<usize> = (0..=NUM_EXPERTS).map(|expert| expert * rows).collect();
     let source_rows: Vec<u32> = (0..num_rows).map(|row| (row % rows) as u32).collect();
-    let x: Vec<f32> = (0..rows * HIDDEN).map(|i| ((i * 7919) % 1021) as f32 / 1021.0 - 0.5).collect();
+    let x = inputs(rows);
     let grouped = GroupedRows { offsets: &offsets, source_rows: Some(&source_rows) };
     let mut quantized = QuantizedRows::with_capacity(num_rows, HIDDEN, NUM_EXPERTS);
     let mut inner = vec![0.0; num_rows * INTER];

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::rows::{Tile, tiles};
-use super::tile::{MAX_PANELS, Products, multiply_panels, no_products};
+use super::tile::{MAX_PANELS, Products, multiply_panels, with_place};
 use super::{PANEL_ROWS, PackedFormat, PackedMatrix, QuantizedRows};
 use crate::cpu::{Cpu, SharedMut};
 use crate::elements::ActivationType;
@@ -50,24 +50,27 @@ pub fn packed_gemm<const N: usize>(cpu: &Cpu, x: &QuantizedRows, products: [Pack
     cpu.for_each(parts().count(), |part| {
         let Some(((out, weight, bias), panels)) = parts().nth(part) else { return };
         let num_cols = weight.rows();
-        let mut place = no_products();
-        for tile in tiles(0..x.num_rows()) {
-            each_panel(isa, panels.clone(), *weight, x.tile(tile.clone()), &mut place, |panel, products| {
-                let cols = columns(panel, num_cols);
-                for (row, products) in tile.clone().zip(&products.0) {
-                    // SAFETY: Parts are disjoint in columns.
-                    let out = unsafe { out.slice(row * num_cols + cols.start..row * num_cols + cols.end) };
-                    match bias {
-                        Some(bias) => {
-                            for (out, (bias, product)) in out.iter_mut().zip(bias[cols.clone()].iter().zip(products)) {
-                                *out = bias + product;
+        with_place(|place| {
+            for tile in tiles(0..x.num_rows()) {
+                each_panel(isa, panels.clone(), *weight, x.tile(tile.clone()), place, |panel, products| {
+                    let cols = columns(panel, num_cols);
+                    for (row, products) in tile.clone().zip(&products.0) {
+                        // SAFETY: Parts are disjoint in columns.
+                        let out = unsafe { out.slice(row * num_cols + cols.start..row * num_cols + cols.end) };
+                        match bias {
+                            Some(bias) => {
+                                for (out, (bias, product)) in
+                                    out.iter_mut().zip(bias[cols.clone()].iter().zip(products))
+                                {
+                                    *out = bias + product;
+                                }
                             }
+                            None => out.copy_from_slice(&products[..cols.len()]),
                         }
-                        None => out.copy_from_slice(&products[..cols.len()]),
                     }
-                }
-            });
-        }
+                });
+            }
+        });
     });
 }
 
@@ -96,22 +99,23 @@ pub fn packed_swiglu<'w>(
         for weight in weights {
             assert_eq!((weight.rows(), weight.cols()), (inter, x.width()), "gate or up of expert {expert}");
         }
-        let mut products = no_products();
-        for tile in tiles(rows) {
-            let x = x.tile(tile.clone());
-            for some in runs(panels.clone(), MAX_PANELS / 2) {
-                let pairs = some.clone().flat_map(|panel| weights.map(|weight| weight.panel(panel)));
-                multiply_panels(isa, pairs, x, &mut products);
-                for (panel, products) in some.zip(products.chunks_exact(2)) {
-                    let cols = columns(panel, inter);
-                    for (row, (gate, up)) in tile.clone().zip(products[0].0.iter().zip(&products[1].0)) {
-                        // SAFETY: Parts are disjoint in expert, hence in rows, or in columns.
-                        let out = unsafe { out.slice(row * inter + cols.start..row * inter + cols.end) };
-                        swiglu(isa, out, &gate[..cols.len()], &up[..cols.len()], ActivationType::F32);
+        with_place(|products| {
+            for tile in tiles(rows) {
+                let x = x.tile(tile.clone());
+                for some in runs(panels.clone(), MAX_PANELS / 2) {
+                    let pairs = some.clone().flat_map(|panel| weights.map(|weight| weight.panel(panel)));
+                    multiply_panels(isa, pairs, x, products);
+                    for (panel, products) in some.zip(products.chunks_exact(2)) {
+                        let cols = columns(panel, inter);
+                        for (row, (gate, up)) in tile.clone().zip(products[0].0.iter().zip(&products[1].0)) {
+                            // SAFETY: Parts are disjoint in expert, hence in rows, or in columns.
+                            let out = unsafe { out.slice(row * inter + cols.start..row * inter + cols.end) };
+                            swiglu(isa, out, &gate[..cols.len()], &up[..cols.len()], ActivationType::F32);
+                        }
                     }
                 }
             }
-        }
+        });
     });
 }
 
@@ -148,25 +152,26 @@ pub fn packed_experts_down(cpu: &Cpu, residual: &mut [f32], hidden: usize, exper
     let part_panels = part_panels(cpu, num_panels);
     cpu.for_each(num_panels.div_ceil(part_panels), |part| {
         let panels = part * part_panels..num_panels.min((part + 1) * part_panels);
-        let mut products = no_products();
-        for (expert, pair) in inner.offsets().windows(2).enumerate().filter(|(_, pair)| pair[0] != pair[1]) {
-            let weight = down(expert);
-            assert_eq!((weight.rows(), weight.cols()), (hidden, inner.width()), "down of expert {expert}");
-            for tile in tiles(pair[0]..pair[1]) {
-                let x = inner.tile(tile.clone());
-                each_panel(isa, panels.clone(), weight, x, &mut products, |panel, products| {
-                    let cols = columns(panel, hidden);
-                    for (row, products) in tile.clone().zip(&products.0) {
-                        let start = source_rows[row] as usize * hidden;
-                        // SAFETY: Parts are disjoint in columns.
-                        let residual = unsafe { residual.slice(start + cols.start..start + cols.end) };
-                        for (residual, product) in residual.iter_mut().zip(products) {
-                            *residual += row_weights[row] * product;
+        with_place(|products| {
+            for (expert, pair) in inner.offsets().windows(2).enumerate().filter(|(_, pair)| pair[0] != pair[1]) {
+                let weight = down(expert);
+                assert_eq!((weight.rows(), weight.cols()), (hidden, inner.width()), "down of expert {expert}");
+                for tile in tiles(pair[0]..pair[1]) {
+                    let x = inner.tile(tile.clone());
+                    each_panel(isa, panels.clone(), weight, x, products, |panel, products| {
+                        let cols = columns(panel, hidden);
+                        for (row, products) in tile.clone().zip(&products.0) {
+                            let start = source_rows[row] as usize * hidden;
+                            // SAFETY: Parts are disjoint in columns.
+                            let residual = unsafe { residual.slice(start + cols.start..start + cols.end) };
+                            for (residual, product) in residual.iter_mut().zip(products) {
+                                *residual += row_weights[row] * product;
+                            }
                         }
-                    }
-                });
+                    });
+                }
             }
-        }
+        });
     });
 }
 

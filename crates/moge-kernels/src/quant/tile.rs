@@ -3,6 +3,8 @@
 //! A block of weights is unpacked once and all rows of the tile go over it; their sums wait in L1. With one
 //! row this is a stream of weights, with many it is bound by the integer products.
 
+use std::cell::RefCell;
+
 use super::rows::{TILE_ROWS, Tile};
 use super::{PackedFormat, Panel, W4_BLOCK_BYTES, W8_SCALE_BYTES};
 use crate::isa::Isa;
@@ -14,9 +16,14 @@ const PREFETCH_BYTES: usize = 2 * W4_BLOCK_BYTES;
 /// Products of a tile with a panel: row of the tile, weight row. The front part that a tile has is used.
 pub(super) type Products = Aligned<[[f32; PANEL_ROWS]; TILE_ROWS]>;
 
-/// Products of some panels that nobody has computed yet.
-pub(super) fn no_products() -> [Products; MAX_PANELS] {
-    [Aligned([[0.0; PANEL_ROWS]; TILE_ROWS]); MAX_PANELS]
+/// Call `body` with this thread's place for products, which holds any numbers: clearing it would take a thousand cycles
+/// each time, and push the inputs out of L1.
+pub(super) fn with_place<T>(body: impl FnOnce(&mut [Products; MAX_PANELS]) -> T) -> T {
+    thread_local! {
+        static PLACE: RefCell<Box<[Products; MAX_PANELS]>> =
+            RefCell::new(Box::new([Aligned([[0.0; PANEL_ROWS]; TILE_ROWS]); MAX_PANELS]));
+    }
+    PLACE.with_borrow_mut(|place| body(place))
 }
 
 /// Panels that [`multiply_panels`] takes at once.
