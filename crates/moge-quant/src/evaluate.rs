@@ -38,6 +38,9 @@ pub struct Comparison {
     pub kl_mean: f64,
     /// The largest.
     pub kl_max: f64,
+    /// Root mean square of the difference in logits, over that of the baseline's logits; both less their mean over the
+    /// vocabulary, which no probability depends on.
+    pub logit_error: f64,
     /// Share of the tokens for which both find the same token the most likely.
     pub same_top_share: f64,
     /// Share of the baseline's choices of experts that the model does not make, over all tokens and layers; none if either
@@ -151,6 +154,8 @@ struct Sums {
     baseline_negative_log: f64,
     kl: f64,
     kl_max: f64,
+    logit_differences: f64,
+    baseline_logits: f64,
     num_same_top: usize,
     num_choices: usize,
     num_changed: usize,
@@ -172,6 +177,12 @@ impl Sums {
         let kl: f64 = terms.sum();
         self.kl += kl;
         self.kl_max = self.kl_max.max(kl);
+        let (mean, baseline_mean) = (mean(logits), mean(baseline));
+        for (&a, &b) in logits.iter().zip(baseline) {
+            let b = f64::from(b) - baseline_mean;
+            self.logit_differences += (f64::from(a) - mean - b).powi(2);
+            self.baseline_logits += b.powi(2);
+        }
         self.num_same_top += usize::from(most_likely(logits) == most_likely(baseline));
     }
 
@@ -195,6 +206,7 @@ impl Sums {
             perplexity: (self.baseline_negative_log / num_tokens).exp(),
             kl_mean: self.kl / num_tokens,
             kl_max: self.kl_max,
+            logit_error: (self.logit_differences / self.baseline_logits).sqrt(),
             same_top_share: self.num_same_top as f64 / num_tokens,
             changed_expert_share: (self.num_choices > 0).then(|| self.num_changed as f64 / self.num_choices as f64),
         };
@@ -210,6 +222,10 @@ impl Sums {
 fn log_normalizer(logits: &[f32]) -> f64 {
     let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     max + logits.iter().map(|&logit| (f64::from(logit) - max).exp()).sum::<f64>().ln()
+}
+
+fn mean(logits: &[f32]) -> f64 {
+    logits.iter().copied().map(f64::from).sum::<f64>() / logits.len() as f64
 }
 
 /// The token with the largest logit, of equals the lowest.
@@ -236,6 +252,8 @@ mod tests {
         let kl = 0.25 * 2f64.ln();
         assert!((comparison.kl_max - kl).abs() < 1e-6 && (comparison.kl_mean - kl / 2.0).abs() < 1e-6);
         assert_eq!((comparison.same_top_share, comparison.changed_expert_share), (0.5, None));
+        // In units of ln 2, less their means: the model 2/3, -1/3, -1/3; the baseline -1/3, 2/3, -1/3; then itself.
+        assert!((comparison.logit_error - (2.0f64 / (6.0 / 9.0 + 6.0 / 9.0)).sqrt()).abs() < 1e-6);
     }
 
     #[test]

@@ -163,6 +163,7 @@ impl fmt::Display for Text<'_> {
         let Some(baseline) = &self.0.baseline else { return Ok(()) };
         writeln!(f, "of the baseline  {:.4}", baseline.perplexity)?;
         writeln!(f, "divergence       {:.6} nats, at most {:.6}", baseline.kl_mean, baseline.kl_max)?;
+        writeln!(f, "logit error      {:.2} %", 100.0 * baseline.logit_error)?;
         writeln!(f, "same top token   {:.2} %", 100.0 * baseline.same_top_share)?;
         match baseline.changed_expert_share {
             Some(share) => writeln!(f, "changed experts  {:.2} %", 100.0 * share),
