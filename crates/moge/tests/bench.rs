@@ -58,6 +58,16 @@ fn the_json_report_has_every_case_with_its_rate_its_ceiling_and_the_share() {
 }
 
 #[test]
+fn a_quantised_model_is_compared_with_the_peak_of_integer_products() {
+    let args = ["--prefill", "40", "--quantize", "w8a8", "--kv", "int8", "--repetitions", "1", "--format", "json"];
+    let report: Value = serde_json::from_str(&stdout(bench(&args))).unwrap();
+    assert_eq!((&report["weights"], &report["kv"]), (&json!("w8a8"), &json!("int8")));
+    let cases = report["cases"].as_array().unwrap();
+    assert_eq!((cases.len(), &cases[0]["ceiling"]), (1, &json!("int8")));
+    assert_positive(&cases[0], &["gop_s", "ceiling_gop_s", "share_of_ceiling"]);
+}
+
+#[test]
 fn the_table_has_a_row_for_each_case_that_is_asked_for_and_no_other() {
     let table = stdout(bench(&["--context", "0,7", "--batch", "2", "--decode", "1", "--repetitions", "1"]));
     let rows: Vec<&str> = table.lines().skip_while(|line| !line.starts_with("case")).skip(1).collect();
