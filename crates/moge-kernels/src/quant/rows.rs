@@ -17,8 +17,8 @@ const CHUNK_ROWS: usize = 8;
 /// Largest level: the range is symmetric.
 const MAX_LEVEL: f32 = 127.0;
 
-/// Rows of inputs, each quantised to -127..=127 with a scale of its own: `x = scale * level`, to the nearest level, ties to even,
-/// where the largest magnitude of a row is level 127.
+/// Rows of inputs, each quantised to -127..=127 with a scale of its own: `x = scale * level`, to the nearest level, ties
+/// to even, where the largest magnitude of a row is level 127.
 ///
 /// Rows are grouped by expert and cut into tiles. A tile's numbers are ordered by block of 32 columns, then by row, so
 /// that a product walks through them once.
@@ -27,6 +27,7 @@ pub struct QuantizedRows {
     width: usize,
     /// Ends of the experts' rows, as in [`GroupedRows::offsets`].
     offsets: Vec<usize>,
+    /// Never shorter than before, as `corrections`: what grows is cleared first.
     levels: Vec<i8>,
     /// `-8 * sum of the levels` of each block and row of a tile: what four-bit weights, stored plus 8, need.
     corrections: Vec<i32>,
@@ -115,8 +116,8 @@ impl QuantizedRows {
         self.width = width;
         self.offsets.clear();
         self.offsets.extend_from_slice(offsets);
-        self.levels.resize(num_rows * num_blocks * BLOCK_LEN, 0);
-        self.corrections.resize(num_rows * num_blocks, 0);
+        self.levels.resize(self.levels.len().max(num_rows * num_blocks * BLOCK_LEN), 0);
+        self.corrections.resize(self.corrections.len().max(num_rows * num_blocks), 0);
         self.scales.resize(num_rows, 0.0);
         self.sums.resize(num_rows, 0);
         let levels = SharedMut::new(&mut self.levels);

@@ -70,7 +70,7 @@ pub(crate) trait Simd: Copy {
     /// Numbers at `x`, widened.
     ///
     /// # Safety
-    /// As for [`Simd::load_f32`].
+    /// [`Simd::LANES`] numbers are readable at `x`, which may be any address.
     unsafe fn load_f16(self, x: *const f16) -> Self::Vector;
 
     /// Write the lanes to `out`.

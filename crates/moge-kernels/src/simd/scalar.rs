@@ -38,7 +38,7 @@ impl Simd for Scalar {
     #[inline(always)]
     unsafe fn load_f16(self, x: *const f16) -> f32 {
         // SAFETY: The caller's promise.
-        unsafe { (*x).widen() }
+        unsafe { x.read_unaligned().widen() }
     }
 
     #[inline(always)]

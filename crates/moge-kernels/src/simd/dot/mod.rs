@@ -51,9 +51,9 @@ pub(crate) trait Dot: Copy {
     /// Ask for the cache line at `address`, which need not be readable.
     fn prefetch(self, address: *const u8);
 
-    /// `sums[r][n] += scale[n] * (corrections[r] + sum over k of w[n][k] * x[r][k])` for a W4A8 block: after the scales, in each half of the weight rows, at
-    /// `j * RUN_STRIDE` for `j` below 4, each row has four bytes; their low nibbles are inputs `4 * j..`, their high
-    /// nibbles inputs `16 + 4 * j..`.
+    /// `sums[r][n] += scale[n] * (corrections[r] + sum over k of w[n][k] * x[r][k])` for a W4A8 block: after the scales, in
+    /// each half of the weight rows, at `j * RUN_STRIDE` for `j` below 4, each row has four bytes; their low nibbles are
+    /// inputs `4 * j..`, their high nibbles inputs `16 + 4 * j..`.
     ///
     /// # Safety
     /// The block with its scales is readable, `x` as it says, and `[num_rows, PANEL_ROWS]` numbers are writable at `sums`.
