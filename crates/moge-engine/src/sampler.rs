@@ -1,9 +1,9 @@
 //! One row of logits to one token.
 //!
 //! The order, which changes results: logit_bias, repetition penalty, presence and frequency penalties, bans of what
-//! the grammar does not allow and of stop tokens while `min_tokens` are not reached; temperature; top_k; top_p; min_p; draw. Each filter sees the
-//! probabilities that the one before it left, renormalized. All of it in f64, one row after the other, in orders
-//! that depend on logits and ids only.
+//! the grammar does not allow and of stop tokens while `min_tokens` are not reached; temperature; top_k; top_p; min_p;
+//! draw. Each filter sees the probabilities that the one before it left, renormalized. All of it in f64, one row after
+//! the other, in orders that depend on logits and ids only.
 
 use std::collections::BinaryHeap;
 

@@ -13,6 +13,7 @@ use moge_model::{MlpConfig, ModelConfig, Tokenizer};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use crate::app::unix_seconds;
 use crate::engine_thread::Answers;
 use crate::error::ApiError;
 
@@ -184,13 +185,64 @@ pub(crate) trait Chunks: Send + 'static {
     fn fail(&mut self, error: &ApiError) -> Vec<Event>;
 }
 
-/// The last event of a stream of chat or completions.
-pub(crate) fn done() -> Event {
+/// What all parts of an answer of chat or completions begin with.
+pub(crate) struct Head {
+    pub(crate) id: String,
+    model: String,
+    created: u64,
+    /// The last part of a stream is to say how many tokens there were.
+    wants_usage: bool,
+}
+
+impl Head {
+    /// Of an answer that begins now.
+    pub(crate) fn new(id: String, model: &str, wants_usage: bool) -> Head {
+        Head { id, model: model.to_owned(), created: unix_seconds(), wants_usage }
+    }
+
+    /// The whole answer.
+    pub(crate) fn whole(&self, object: &str, choices: &[Value], usage: Usage) -> Value {
+        let mut body = self.body(object, choices);
+        body["usage"] = usage.to_json();
+        body
+    }
+
+    /// A part of a stream.
+    pub(crate) fn chunk(&self, object: &str, choice: Value) -> Event {
+        let mut body = self.body(object, &[choice]);
+        if self.wants_usage {
+            body["usage"] = Value::Null;
+        }
+        data(&body)
+    }
+
+    /// What ends a stream.
+    pub(crate) fn end(&self, object: &str, usage: Usage) -> Vec<Event> {
+        let usage = self.wants_usage.then(|| data(&self.whole(object, &[], usage)));
+        usage.into_iter().chain([done()]).collect()
+    }
+
+    fn body(&self, object: &str, choices: &[Value]) -> Value {
+        json!({
+            "id": self.id,
+            "object": object,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        })
+    }
+}
+
+/// What ends a stream of chat or completions that cannot go on.
+pub(crate) fn failed(error: &ApiError) -> Vec<Event> {
+    vec![data(&error.body()), done()]
+}
+
+fn done() -> Event {
     Event::default().data("[DONE]")
 }
 
-/// An event of a stream of chat or completions.
-pub(crate) fn data(value: &Value) -> Event {
+fn data(value: &Value) -> Event {
     Event::default().data(value.to_string())
 }
 

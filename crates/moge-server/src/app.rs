@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use moge_engine::{Grammar, GrammarCompiler};
+use moge_engine::{Grammar, GrammarCompiler, SamplingParams};
 use moge_model::{ChatTemplate, ChatTemplateError, GenerationDefaults, ModelConfig, Tokenizer};
 use tokio::sync::watch;
 
@@ -57,20 +57,9 @@ pub struct ServedModel {
 }
 
 impl ServedModel {
-    /// For an answer that is to say which experts it took; `None` for a dense model.
-    pub(crate) fn expert_ids(&self) -> Option<ExpertIds> {
-        ExpertIds::new(&self.config)
-    }
-
-    /// Refuse a prompt of `num_tokens` that leaves no room for an answer; `param` is the field that it came in.
-    ///
-    /// # Errors
-    /// If it is too long. The engine would say so too, but only after a copy for each answer.
-    pub(crate) fn check_prompt_len(&self, param: &'static str, num_tokens: usize) -> Result<(), ApiError> {
-        if num_tokens < self.max_model_len {
-            return Ok(());
-        }
-        Err(ApiError::PromptTooLong { param, num_tokens, max_model_len: self.max_model_len })
+    /// For an answer that is to say which experts it took; `None` for others, and for a dense model.
+    pub(crate) fn expert_ids(&self, params: &SamplingParams) -> Option<ExpertIds> {
+        if params.return_expert_ids { ExpertIds::new(&self.config) } else { None }
     }
 
     /// What `field` asks for, as the engine takes it; `lark` is `None` if an answer is free.
@@ -112,9 +101,9 @@ impl Phase {
 }
 
 /// Shared by all requests.
-#[derive(Clone)]
-pub(crate) struct AppState(Arc<App>);
+pub(crate) type AppState = Arc<App>;
 
+/// A server, with a model or before it has one.
 pub(crate) struct App {
     pub(crate) config: ServerConfig,
     /// Set when the model is loaded.
@@ -126,29 +115,19 @@ pub(crate) struct App {
     num_ids: AtomicU64,
 }
 
-impl std::ops::Deref for AppState {
-    type Target = App;
-
-    fn deref(&self) -> &App {
-        &self.0
-    }
-}
-
-impl AppState {
+impl App {
     /// A server that has no model yet.
-    pub(crate) fn new(config: ServerConfig) -> AppState {
-        AppState(Arc::new(App {
+    pub(crate) fn new(config: ServerConfig) -> App {
+        App {
             config,
             serving: OnceLock::new(),
             phase: watch::Sender::new(Phase::Running),
             started: unix_seconds(),
             random: RandomState::new(),
             num_ids: AtomicU64::new(0),
-        }))
+        }
     }
-}
 
-impl App {
     /// The model has come.
     pub(crate) fn serve(&self, serving: Serving) {
         // Only the one owner of the server calls this, once.

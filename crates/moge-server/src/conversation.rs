@@ -108,7 +108,6 @@ impl Conversation {
         let choice = tool_choice(self.tools.tool_choice.as_ref(), &tools)?;
         let prompt = self.prompt(serving)?;
         let model = &serving.model;
-        model.check_prompt_len("messages", prompt.len())?;
         let starts_in_thinking = starts_in_thinking(serving, &prompt);
         let thinking = match self.thinking()? {
             _ if starts_in_thinking => ThinkingPhase::Open,
@@ -125,7 +124,8 @@ impl Conversation {
         let grammar = model.compile(field, lark)?;
         let request = Request { prompt, sampling: params.clone(), grammar };
         // Before it is copied for every answer.
-        request.validate(model.config.vocab_size, model.max_model_len)?;
+        let valid = request.validate(model.config.vocab_size, model.max_model_len);
+        valid.map_err(|error| ApiError::from(error).renamed("prompt", "messages"))?;
         let num_prompt_tokens = request.prompt.len();
         let tools_allowed = choice != ToolChoice::None;
         let (requests, turns) = (0..n)
@@ -137,16 +137,14 @@ impl Conversation {
                     parser: OutputParser::new(model.config.architecture, starts_in_thinking, tools_allowed),
                     logprobs: Vec::new(),
                     has_tool_call: false,
-                    expert_ids: params.return_expert_ids.then(|| model.expert_ids()).flatten(),
+                    expert_ids: model.expert_ids(params),
                 };
                 (request, turn)
             })
             .unzip();
         Ok(Prepared { requests, turns, num_prompt_tokens })
     }
-}
 
-impl Conversation {
     /// Whether the request wants the model to think.
     fn thinking(&self) -> Result<Thinking, ApiError> {
         match self.template_kwargs.get(ENABLE_THINKING) {

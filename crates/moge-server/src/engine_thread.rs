@@ -18,32 +18,9 @@ use crate::metrics::{Metrics, RequestTimes};
 /// Requests on their way to the engine; more wait with their senders.
 const MAX_COMMANDS: usize = 256;
 
-/// What comes back for one sequence of a request.
-#[derive(Debug)]
-pub(crate) enum Event {
-    /// A step's result; the last one has a finish reason.
-    Output(Box<SequenceOutput>),
-    /// The sequence was ended before it was done.
-    Ended(Ended),
-}
-
-/// Why the server ended a sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Ended {
-    /// It took longer than it may.
-    Deadline(Duration),
-    /// The server stops.
-    ShuttingDown,
-}
-
-impl From<Ended> for ApiError {
-    fn from(ended: Ended) -> ApiError {
-        match ended {
-            Ended::Deadline(allowed) => ApiError::Deadline(allowed),
-            Ended::ShuttingDown => ApiError::Unavailable("the server is shutting down"),
-        }
-    }
-}
+/// What comes back for a sequence of a request, by its index there: a step's result, the last of which has a finish
+/// reason, or why the server ended it before it was done.
+type Event = (usize, Result<Box<SequenceOutput>, ApiError>);
 
 enum Command {
     Add(Submission),
@@ -56,14 +33,14 @@ struct Submission {
     requests: Vec<Request>,
     arrival: Instant,
     time_allowed: Duration,
-    events: mpsc::UnboundedSender<(usize, Event)>,
+    events: mpsc::UnboundedSender<Event>,
     reply: oneshot::Sender<Result<(), AdmitError>>,
 }
 
 /// What the sequences of one request give. Dropping it cancels them.
 #[derive(Debug)]
 pub(crate) struct Answers {
-    events: mpsc::UnboundedReceiver<(usize, Event)>,
+    events: mpsc::UnboundedReceiver<Event>,
     num_open: usize,
 }
 
@@ -78,8 +55,8 @@ impl Answers {
         }
         match self.events.recv().await {
             None => Err(ApiError::Internal("the engine has failed".to_owned())),
-            Some((_, Event::Ended(ended))) => Err(ended.into()),
-            Some((index, Event::Output(output))) => {
+            Some((index, output)) => {
+                let output = output?;
                 self.num_open -= usize::from(output.finish_reason.is_some());
                 Ok(Some((index, *output)))
             }
@@ -135,7 +112,7 @@ struct Live {
     index: usize,
     deadline: Instant,
     time_allowed: Duration,
-    events: mpsc::UnboundedSender<(usize, Event)>,
+    events: mpsc::UnboundedSender<Event>,
     times: RequestTimes,
 }
 
@@ -150,10 +127,11 @@ impl EngineThread {
     fn run(mut self) {
         while self.take_commands() {
             self.end_what_must();
+            let start = Instant::now();
             let outputs = self.engine.step();
             self.metrics.step(&self.engine);
             for output in outputs {
-                self.send(output);
+                self.send(output, start);
             }
         }
     }
@@ -176,7 +154,7 @@ impl EngineThread {
             };
             match command {
                 Command::Add(submission) => self.add(submission),
-                Command::EndAll => self.end_where(|_| Some(Ended::ShuttingDown)),
+                Command::EndAll => self.end_where(|_| Some(ApiError::Unavailable("the server is shutting down"))),
             }
         }
     }
@@ -210,11 +188,11 @@ impl EngineThread {
     /// Cancel what nobody waits for, and what has no time left.
     fn end_what_must(&mut self) {
         let now = Instant::now();
-        self.end_where(|live| (live.deadline <= now).then_some(Ended::Deadline(live.time_allowed)));
+        self.end_where(|live| (live.deadline <= now).then_some(ApiError::Deadline(live.time_allowed)));
     }
 
     /// Cancel the sequences that nobody waits for, and those for which `why` gives a reason.
-    fn end_where(&mut self, why: impl Fn(&Live) -> Option<Ended>) {
+    fn end_where(&mut self, why: impl Fn(&Live) -> Option<ApiError>) {
         let EngineThread { engine, live, metrics, .. } = self;
         live.retain(|&id, live| {
             let reason = why(live);
@@ -224,19 +202,20 @@ impl EngineThread {
             engine.cancel(id);
             metrics.finished(&live.times, FinishReason::Cancelled);
             if let Some(reason) = reason {
-                let _ = live.events.send((live.index, Event::Ended(reason)));
+                let _ = live.events.send((live.index, Err(reason)));
             }
             false
         });
     }
 
-    fn send(&mut self, output: SequenceOutput) {
+    /// Hand out the result of the step that began at `step_start`.
+    fn send(&mut self, output: SequenceOutput, step_start: Instant) {
         let id = output.id;
         let Some(live) = self.live.get_mut(&id) else { return };
-        self.metrics.output(&mut live.times, &output);
+        self.metrics.output(&mut live.times, &output, step_start);
         let finish_reason = output.finish_reason;
         // If nobody listens, the next round cancels it.
-        let _ = live.events.send((live.index, Event::Output(Box::new(output))));
+        let _ = live.events.send((live.index, Ok(Box::new(output))));
         if let Some(finish_reason) = finish_reason {
             self.metrics.finished(&live.times, finish_reason);
             self.live.remove(&id);

@@ -91,9 +91,12 @@ impl ApiError {
     }
 
     /// The same error, where the endpoint calls the field `there` by the name `here`.
-    pub(crate) fn renamed(self, there: &str, here: &str) -> ApiError {
+    pub(crate) fn renamed(self, there: &str, here: &'static str) -> ApiError {
         match self {
             ApiError::Invalid { param, message } if param == there => ApiError::invalid(here, message),
+            ApiError::PromptTooLong { param, num_tokens, max_model_len } if param == there => {
+                ApiError::PromptTooLong { param: here, num_tokens, max_model_len }
+            }
             other => other,
         }
     }
@@ -170,7 +173,10 @@ impl From<AdmitError> for ApiError {
         let message = error.to_string();
         match error {
             AdmitError::QueueFull { .. } => ApiError::Busy(message),
-            AdmitError::EmptyPrompt | AdmitError::PromptTooLong { .. } | AdmitError::TokenOutOfVocabulary { .. } => {
+            AdmitError::PromptTooLong { num_tokens, max_tokens } => {
+                ApiError::PromptTooLong { param: "prompt", num_tokens, max_model_len: max_tokens + 1 }
+            }
+            AdmitError::EmptyPrompt | AdmitError::TokenOutOfVocabulary { .. } => {
                 ApiError::invalid("prompt", strip_field(&message))
             }
             AdmitError::NeverFits { .. } => ApiError::invalid("max_tokens", strip_field(&message)),

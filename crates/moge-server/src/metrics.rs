@@ -50,8 +50,8 @@ pub(crate) struct Metrics {
 pub(crate) struct RequestTimes {
     arrival: Instant,
     num_prompt_tokens: usize,
-    /// When its first row was computed.
-    started: Option<Instant>,
+    /// Whether a step had a part in it.
+    has_started: bool,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
     num_tokens: u32,
@@ -60,7 +60,14 @@ pub(crate) struct RequestTimes {
 impl RequestTimes {
     /// A request that arrived at `arrival`.
     pub(crate) fn new(arrival: Instant, num_prompt_tokens: usize) -> RequestTimes {
-        RequestTimes { arrival, num_prompt_tokens, started: None, first_token: None, last_token: None, num_tokens: 0 }
+        RequestTimes {
+            arrival,
+            num_prompt_tokens,
+            has_started: false,
+            first_token: None,
+            last_token: None,
+            num_tokens: 0,
+        }
     }
 }
 
@@ -108,7 +115,7 @@ impl Metrics {
                 "vllm:request_time_per_output_token_seconds",
                 "Mean time of a sequence's tokens after its first",
             ),
-            queue: histogram("vllm:request_queue_time_seconds", "From arrival to the step before the first result"),
+            queue: histogram("vllm:request_queue_time_seconds", "From arrival to the start of the first step for it"),
             whole: histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token"),
             handle: recorder.handle(),
             recorder,
@@ -143,15 +150,18 @@ impl Metrics {
         self.prefix_queries.absolute(stats.num_prompt_tokens_looked_up);
         self.prefix_hits.absolute(stats.num_prompt_tokens_cached);
         let mut expert_load = self.expert_load.lock().unwrap_or_else(PoisonError::into_inner);
-        *expert_load = engine.expert_load().cloned();
+        match (&mut *expert_load, engine.expert_load()) {
+            (Some(known), Some(load)) => known.counts.copy_from_slice(&load.counts),
+            (known, load) => *known = load.cloned(),
+        }
     }
 
-    /// A step had a result for a sequence.
-    pub(crate) fn output(&self, times: &mut RequestTimes, output: &SequenceOutput) {
+    /// The step that began at `step_start` had a result for a sequence.
+    pub(crate) fn output(&self, times: &mut RequestTimes, output: &SequenceOutput, step_start: Instant) {
         let now = Instant::now();
-        if times.started.is_none() {
-            times.started = Some(now);
-            self.queue.record(now - times.arrival);
+        if !times.has_started {
+            times.has_started = true;
+            self.queue.record(step_start - times.arrival);
             self.prompt_tokens.increment(times.num_prompt_tokens as u64);
         }
         if output.sampled.is_none() {

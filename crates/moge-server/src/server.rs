@@ -11,7 +11,7 @@ use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
 
-use crate::app::{AppState, Phase, ServedModel, ServerConfig, Serving};
+use crate::app::{App, AppState, Phase, ServedModel, ServerConfig, Serving};
 use crate::engine_thread::EngineHandle;
 use crate::listen::listen;
 use crate::metrics::Metrics;
@@ -72,7 +72,7 @@ impl Server {
             .build()?;
         let address = config.address;
         let cors = middleware::cors(&config.cors_origins)?;
-        let state = AppState::new(config);
+        let state = Arc::new(App::new(config));
         let _guard = runtime.enter();
         let signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
         let listener = runtime.block_on(TcpListener::bind(address));

@@ -10,13 +10,19 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::{blocking, check_model};
-use crate::answer::{self, Chunks, Usage};
-use crate::app::{AppState, Serving, unix_seconds};
+use crate::answer::{self, Chunks, Head, Usage};
+use crate::app::{AppState, Serving};
 use crate::body::Json;
 use crate::conversation::{Conversation, Prepared, ToolFields, Turn, TurnPiece};
 use crate::error::ApiError;
 use crate::output::Delta;
 use crate::params::{FormatFields, SamplingFields};
+
+/// What ids of answers begin with.
+const ID_PREFIX: &str = "chatcmpl-";
+
+/// What a part of a stream is called.
+const CHUNK: &str = "chat.completion.chunk";
 
 /// Fields that only chat has.
 #[derive(Debug, Deserialize)]
@@ -40,17 +46,16 @@ pub(crate) async fn chat_completions(
     let serving = Arc::clone(state.serving()?);
     check_model(&serving, fields.model.as_deref())?;
     let is_streamed = sampling.is_streamed();
-    let wants_usage = sampling.wants_usage();
     let engine = serving.engine.clone();
     let (random_seed, max_answers) = (state.random(0), state.config.max_answers);
-    let head = Head { id: state.new_id("chatcmpl-"), model: serving.model.name.clone(), created: unix_seconds() };
+    let head = Head::new(state.new_id(ID_PREFIX), &serving.model.name, sampling.wants_usage());
     let wants_logprobs = fields.logprobs.unwrap_or(false);
     let prepare = move || prepare(&serving, fields, &sampling, format, random_seed, max_answers);
     let Prepared { requests, turns, num_prompt_tokens } = blocking(prepare).await??;
     let answers = engine.submit(requests, state.config.max_request_time).await;
     let mut answers = answers.map_err(|error| error.renamed("prompt", "messages"))?;
     let usage = Usage { prompt_tokens: num_prompt_tokens, ..Usage::default() };
-    let mut writer = Writer { head, turns, usage, wants_usage, wants_logprobs };
+    let mut writer = Writer { head, turns, usage, wants_logprobs };
     if is_streamed {
         let first = (0..writer.turns.len()).map(|index| writer.first(index)).collect();
         return Ok(answer::stream(answers, first, writer));
@@ -60,9 +65,8 @@ pub(crate) async fn chat_completions(
         whole[index].append(writer.piece(index, output)?);
     }
     let choices = whole.into_iter().enumerate().map(|(index, whole)| writer.choice(index, whole));
-    let mut body = writer.head.body("chat.completion", &choices.collect::<Vec<Value>>());
-    body["usage"] = writer.usage.to_json();
-    Ok(axum::Json(body).into_response())
+    let choices: Vec<Value> = choices.collect();
+    Ok(axum::Json(writer.head.whole("chat.completion", &choices, writer.usage)).into_response())
 }
 
 fn prepare(
@@ -99,30 +103,6 @@ fn prepare(
     conversation.prepare(serving, &params, n)
 }
 
-/// What all parts of an answer begin with.
-struct Head {
-    id: String,
-    model: String,
-    created: u64,
-}
-
-impl Head {
-    fn body(&self, object: &str, choices: &[Value]) -> Value {
-        json!({
-            "id": self.id,
-            "object": object,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        })
-    }
-
-    /// The id of a tool call.
-    fn call_id(&self, choice: usize, call: usize) -> String {
-        format!("call_{}_{choice}_{call}", self.id.trim_start_matches("chatcmpl-"))
-    }
-}
-
 /// An answer as it is when nothing streams.
 #[derive(Default)]
 struct Whole {
@@ -153,7 +133,6 @@ struct Writer {
     head: Head,
     turns: Vec<Turn>,
     usage: Usage,
-    wants_usage: bool,
     wants_logprobs: bool,
 }
 
@@ -165,11 +144,16 @@ impl Writer {
         Ok(piece)
     }
 
+    /// The id of a tool call.
+    fn call_id(&self, choice: usize, call: usize) -> String {
+        format!("call_{}_{choice}_{call}", self.head.id.trim_start_matches(ID_PREFIX))
+    }
+
     /// A choice of an answer that does not stream.
     fn choice(&self, index: usize, whole: Whole) -> Value {
         let calls = whole.tool_calls.into_iter().enumerate().map(|(call, (name, arguments))| {
             let function = json!({ "name": name, "arguments": arguments });
-            json!({ "id": self.head.call_id(index, call), "type": "function", "function": function })
+            json!({ "id": self.call_id(index, call), "type": "function", "function": function })
         });
         let calls: Vec<Value> = calls.collect();
         let content = if calls.is_empty() { Some(whole.content.unwrap_or_default()) } else { whole.content };
@@ -211,11 +195,7 @@ impl Writer {
         if finish_reason.is_some() {
             self.turns[index].write_expert_ids(&mut choice);
         }
-        let mut body = self.head.body("chat.completion.chunk", &[Value::Object(choice)]);
-        if self.wants_usage {
-            body["usage"] = Value::Null;
-        }
-        answer::data(&body)
+        self.head.chunk(CHUNK, Value::Object(choice))
     }
 
     fn delta(&self, choice: usize, delta: Delta) -> Value {
@@ -224,7 +204,7 @@ impl Writer {
             Delta::Content(text) => json!({ "content": text }),
             Delta::ToolCallStart { index, name } => {
                 let function = json!({ "name": name, "arguments": "" });
-                let id = self.head.call_id(choice, index);
+                let id = self.call_id(choice, index);
                 json!({ "tool_calls": [{ "index": index, "id": id, "type": "function", "function": function }] })
             }
             Delta::ToolCallArguments { index, text } => {
@@ -249,17 +229,10 @@ impl Chunks for Writer {
     }
 
     fn end(&mut self) -> Vec<Event> {
-        let mut events = Vec::new();
-        if self.wants_usage {
-            let mut body = self.head.body("chat.completion.chunk", &[]);
-            body["usage"] = self.usage.to_json();
-            events.push(answer::data(&body));
-        }
-        events.push(answer::done());
-        events
+        self.head.end(CHUNK, self.usage)
     }
 
     fn fail(&mut self, error: &ApiError) -> Vec<Event> {
-        vec![answer::data(&error.body()), answer::done()]
+        answer::failed(error)
     }
 }

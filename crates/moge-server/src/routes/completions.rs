@@ -8,16 +8,19 @@ use axum::response::{IntoResponse, Response};
 use moge_engine::{Request, SequenceOutput};
 use moge_model::{Prefix, TokenId};
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use super::{blocking, check_model};
-use crate::answer::{self, Chunks, CompletionLogprobs, ExpertIds, Usage, finish_reason};
-use crate::app::{AppState, Serving, unix_seconds};
+use crate::answer::{self, Chunks, CompletionLogprobs, ExpertIds, Head, Usage, finish_reason};
+use crate::app::{AppState, Serving};
 use crate::body::Json;
 use crate::error::ApiError;
 use crate::params::{FormatFields, SamplingFields};
 use crate::structured::tools::ToolChoice;
 use crate::structured::{ThinkingPhase, grammar};
+
+/// What an answer and each part of a stream are called.
+const OBJECT: &str = "text_completion";
 
 /// Tokens of an answer unless the request says how many, as OpenAI has it.
 const DEFAULT_MAX_TOKENS: usize = 16;
@@ -30,11 +33,8 @@ const MAX_PROMPT_LOGPROBS: usize = 1 << 22;
 pub(crate) struct CompletionFields {
     model: Option<String>,
     prompt: Prompts,
-    #[serde(default)]
     echo: Option<bool>,
-    #[serde(default)]
     logprobs: Option<usize>,
-    #[serde(default)]
     add_special_tokens: Option<bool>,
 }
 
@@ -65,15 +65,14 @@ pub(crate) async fn completions(
 ) -> Result<Response, ApiError> {
     let serving = Arc::clone(state.serving()?);
     check_model(&serving, fields.model.as_deref())?;
-    let head = Head { id: state.new_id("cmpl-"), model: serving.model.name.clone(), created: unix_seconds() };
+    let head = Head::new(state.new_id("cmpl-"), &serving.model.name, sampling.wants_usage());
     let is_streamed = sampling.is_streamed();
-    let wants_usage = sampling.wants_usage();
     let engine = serving.engine.clone();
     let (random_seed, max_answers) = (state.random(0), state.config.max_answers);
     let (requests, choices) =
         blocking(move || prepare(&serving, &fields, &sampling, &format, random_seed, max_answers)).await??;
     let mut answers = engine.submit(requests, state.config.max_request_time).await?;
-    let mut writer = Writer { head, choices, usage: Usage::default(), wants_usage };
+    let mut writer = Writer { head, choices, usage: Usage::default() };
     writer.usage.prompt_tokens = writer.choices.iter().filter(|c| c.is_first).map(|c| c.prompt.len()).sum();
     if is_streamed {
         return Ok(answer::stream(answers, Vec::new(), writer));
@@ -83,28 +82,8 @@ pub(crate) async fn completions(
         whole[index].append(writer.piece(index, output)?);
     }
     let choices = whole.into_iter().enumerate().map(|(index, piece)| writer.choice(index, piece, true));
-    let mut body = writer.head.body(&choices.collect::<Vec<Value>>());
-    body["usage"] = writer.usage.to_json();
-    Ok(axum::Json(body).into_response())
-}
-
-/// What all parts of an answer begin with.
-struct Head {
-    id: String,
-    model: String,
-    created: u64,
-}
-
-impl Head {
-    fn body(&self, choices: &[Value]) -> Value {
-        json!({
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-        })
-    }
+    let choices: Vec<Value> = choices.collect();
+    Ok(axum::Json(writer.head.whole(OBJECT, &choices, writer.usage)).into_response())
 }
 
 /// One answer while it is written.
@@ -152,9 +131,6 @@ fn prepare(
 ) -> Result<(Vec<Request>, Vec<Choice>), ApiError> {
     let n = sampling.num_answers(fields.prompt.len(), max_answers)?;
     let prompts = prompts(serving, fields)?;
-    for (_, prompt) in &prompts {
-        serving.model.check_prompt_len("prompt", prompt.len())?;
-    }
     let mut params = sampling.params(&serving.model.defaults, random_seed)?;
     let echo = fields.echo.unwrap_or(false);
     let max_tokens = sampling.max_tokens().unwrap_or(DEFAULT_MAX_TOKENS);
@@ -191,7 +167,7 @@ fn prepare(
                 wants_logprobs: fields.logprobs.is_some(),
                 no_tokens,
                 offset: 0,
-                expert_ids: params.return_expert_ids.then(|| serving.model.expert_ids()).flatten(),
+                expert_ids: serving.model.expert_ids(&params),
             });
             requests.push(request);
         }
@@ -222,7 +198,6 @@ struct Writer {
     head: Head,
     choices: Vec<Choice>,
     usage: Usage,
-    wants_usage: bool,
 }
 
 impl Writer {
@@ -294,25 +269,14 @@ impl Chunks for Writer {
         if piece.text.is_empty() && piece.logprobs.is_empty() && piece.finish_reason.is_none() {
             return Ok(Vec::new());
         }
-        let mut body = self.head.body(&[self.choice(index, piece, false)]);
-        if self.wants_usage {
-            body["usage"] = Value::Null;
-        }
-        Ok(vec![answer::data(&body)])
+        Ok(vec![self.head.chunk(OBJECT, self.choice(index, piece, false))])
     }
 
     fn end(&mut self) -> Vec<Event> {
-        let mut events = Vec::new();
-        if self.wants_usage {
-            let mut body = self.head.body(&[]);
-            body["usage"] = self.usage.to_json();
-            events.push(answer::data(&body));
-        }
-        events.push(answer::done());
-        events
+        self.head.end(OBJECT, self.usage)
     }
 
     fn fail(&mut self, error: &ApiError) -> Vec<Event> {
-        vec![answer::data(&error.body()), answer::done()]
+        answer::failed(error)
     }
 }

@@ -1,4 +1,5 @@
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
@@ -16,7 +17,7 @@ use super::super::misc::{DetokenizeFields, TokenizeFields};
 use super::super::responses::{ReasoningFields, ResponsesFields, TextFields};
 use super::super::{router, routes};
 use super::OPENAPI;
-use crate::app::{AppState, ServerConfig};
+use crate::app::{App, ServerConfig};
 use crate::error::ApiError;
 use crate::metrics::{Metrics, RequestTimes};
 use crate::params::{FormatFields, SamplingFields, StreamOptions};
@@ -122,7 +123,7 @@ async fn every_path_is_described_with_its_methods() {
     let described = document["paths"].as_object().unwrap();
     let served: BTreeSet<String> = routes().iter().map(|(path, _)| path.replace("{*", "{")).collect();
     assert_eq!(described.keys().cloned().collect::<BTreeSet<_>>(), served);
-    let router = router(AppState::new(config()));
+    let router = router(Arc::new(App::new(config())));
     for (path, operations) in described {
         // No path takes this method, and the refusal lists those that it takes.
         let request = Request::builder().method(Method::TRACE).uri(path).body(Body::empty()).unwrap();
