@@ -86,11 +86,32 @@ impl Cpu {
     /// # Panics
     /// As [`Cpu::for_each`], and if `chunk_len` is 0.
     pub fn for_each_slice<T: Send>(&self, items: &mut [T], chunk_len: usize, body: impl Fn(usize, &mut [T]) + Sync) {
-        let len = items.len();
-        let items = SharedMut::new(items);
-        self.for_each(len.div_ceil(chunk_len), |chunk| {
-            // SAFETY: Chunks are disjoint.
-            body(chunk, unsafe { items.slice(chunk * chunk_len..len.min((chunk + 1) * chunk_len)) });
+        self.for_each_slices([items], [chunk_len], |chunk, [slice]| body(chunk, slice));
+    }
+
+    /// As [`Cpu::for_each_slice`] over several slices side by side: chunk `i` has the `i`th `chunk_lens[j]` items of
+    /// `items[j]`.
+    ///
+    /// # Panics
+    /// As [`Cpu::for_each_slice`], and if the slices do not all give the same number of chunks.
+    pub(crate) fn for_each_slices<T: Send, const N: usize>(
+        &self,
+        items: [&mut [T]; N],
+        chunk_lens: [usize; N],
+        body: impl Fn(usize, [&mut [T]; N]) + Sync,
+    ) {
+        let lens: [usize; N] = std::array::from_fn(|j| items[j].len());
+        let num_chunks = lens[0].div_ceil(chunk_lens[0]);
+        let equal = lens.iter().zip(chunk_lens).all(|(len, chunk_len)| len.div_ceil(chunk_len) == num_chunks);
+        assert!(equal, "{lens:?} items in chunks of {chunk_lens:?}");
+        let items = items.map(SharedMut::new);
+        self.for_each(num_chunks, |chunk| {
+            let slices = std::array::from_fn(|j| {
+                let (start, end) = (chunk * chunk_lens[j], lens[j].min((chunk + 1) * chunk_lens[j]));
+                // SAFETY: Chunks are disjoint.
+                unsafe { items[j].slice(start..end) }
+            });
+            body(chunk, slices);
         });
     }
 
@@ -141,6 +162,16 @@ impl<'a, T> SharedMut<'a, T> {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
         // SAFETY: The range is inside the slice, and disjoint from others by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+
+    /// Where the part at `range` begins, of which others may touch numbers that the caller does not.
+    ///
+    /// # Safety
+    /// As for [`SharedMut::slice`], of the numbers that are read or written through the pointer.
+    pub(crate) unsafe fn pointer(&self, range: Range<usize>) -> *mut T {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        // SAFETY: The start is inside the slice, or at its end.
+        unsafe { self.start.add(range.start) }
     }
 }
 

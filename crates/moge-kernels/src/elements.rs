@@ -35,6 +35,15 @@ pub enum ActivationType {
     Bf16,
 }
 
+/// What a kernel does with what its output holds already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Store {
+    /// Replace it; it need not be set.
+    Set,
+    /// Add to it.
+    Add,
+}
+
 /// `x` rounded to bf16 (nearest, ties to even), as f32. NaN stays NaN; what is too large becomes infinite.
 #[inline(always)]
 pub fn round_to_bf16(x: f32) -> f32 {

@@ -1,9 +1,10 @@
 //! RMSNorm, and the elementwise work around it.
 
 use crate::cpu::Cpu;
-use crate::elements::ActivationType;
+use crate::elements::{ActivationType, Store};
 use crate::isa::Isa;
-use crate::simd::{Simd, SimdOp};
+use crate::simd::{Simd, SimdOp, update};
+use crate::sums::column_sums;
 
 /// Registers that sum squares side by side, so that their latencies overlap.
 const NUM_SUMS: usize = 4;
@@ -104,26 +105,153 @@ fn apply<S: Simd>(simd: S, x: S::Vector, scale: S::Vector, weight: S::Vector, ac
     }
 }
 
-/// The sum of squares: register `j` of [`NUM_SUMS`] takes every [`NUM_SUMS`]th run of lanes.
+/// The sum of squares.
 #[inline(always)]
 fn sum_of_squares<S: Simd>(simd: S, x: &[f32]) -> f32 {
+    sum_terms(
+        simd,
+        [x],
+        #[inline(always)]
+        |[x], sum| simd.mul_add(x, x, sum),
+    )
+}
+
+/// The sum of what `add_term` adds for each index: register `j` of [`NUM_SUMS`] takes every [`NUM_SUMS`]th run of lanes.
+/// The inputs are of one length; the last register is filled up with zeros. A closure for `add_term` must be
+/// `inline(always)`.
+#[inline(always)]
+fn sum_terms<S: Simd, const N: usize>(
+    simd: S,
+    inputs: [&[f32]; N],
+    add_term: impl Fn([S::Vector; N], S::Vector) -> S::Vector,
+) -> f32 {
+    let len = inputs[0].len();
+    assert!(inputs.iter().all(|x| x.len() == len), "lengths differ");
     let mut sums = [simd.splat(0.0); NUM_SUMS];
-    let mut runs = x.chunks_exact(NUM_SUMS * S::LANES);
-    for run in &mut runs {
-        for j in 0..NUM_SUMS {
-            let x = simd.load(&run[j * S::LANES..]);
-            sums[j] = simd.mul_add(x, x, sums[j]);
+    let (mut run, mut x) = (inputs, [simd.splat(0.0); N]);
+    let mut i = 0;
+    while i + NUM_SUMS * S::LANES <= len {
+        for j in 0..N {
+            run[j] = &inputs[j][i..i + NUM_SUMS * S::LANES];
         }
+        for k in 0..NUM_SUMS {
+            for j in 0..N {
+                x[j] = simd.load(&run[j][k * S::LANES..]);
+            }
+            sums[k] = add_term(x, sums[k]);
+        }
+        i += NUM_SUMS * S::LANES;
     }
-    let mut rest = runs.remainder().chunks_exact(S::LANES);
-    for x in &mut rest {
-        let x = simd.load(x);
-        sums[0] = simd.mul_add(x, x, sums[0]);
+    while i + S::LANES <= len {
+        for j in 0..N {
+            x[j] = simd.load(&inputs[j][i..i + S::LANES]);
+        }
+        sums[0] = add_term(x, sums[0]);
+        i += S::LANES;
     }
-    let x = simd.load_part(rest.remainder(), 0.0);
-    sums[1] = simd.mul_add(x, x, sums[1]);
+    if i < len {
+        for j in 0..N {
+            x[j] = simd.load_part(&inputs[j][i..], 0.0);
+        }
+        sums[1] = add_term(x, sums[1]);
+    }
     let sums = simd.sum4(sums);
     (sums[0] + sums[1]) + (sums[2] + sums[3])
+}
+
+/// Where [`rms_norm_backward`] writes.
+#[derive(Debug)]
+pub struct RmsNormBackward<'a> {
+    /// Gradient of the input, `[num_rows, width]`.
+    pub dx: &'a mut [f32],
+    /// Whether `dx` is replaced.
+    pub dx_store: Store,
+    /// Gradient of the weight, `[width]`.
+    pub dweight: &'a mut [f32],
+    /// Whether `dweight` is replaced.
+    pub dweight_store: Store,
+    /// At least [`rms_norm_scratch_len`] numbers.
+    pub scratch: &'a mut [f32],
+}
+
+/// Rows whose share of the weight's gradient is summed first: few enough for many threads, enough to make the sums' own
+/// memory traffic small. The number of threads must not change it, because it sets the order of the sum.
+const ROWS_PER_PARTIAL: usize = 64;
+
+/// Numbers of scratch memory that [`rms_norm_backward`] needs.
+pub fn rms_norm_scratch_len(num_rows: usize, width: usize) -> usize {
+    num_rows.div_ceil(ROWS_PER_PARTIAL) * width
+}
+
+/// The gradients of [`rms_norm`], unrounded, where `dy` is that of its output. With `r = 1 / sqrt(mean(x^2) + eps)` of a row:
+/// `dx (= or +=) r weight dy - x r^3 mean(weight dy x)` and `dweight (= or +=) sum over the rows of dy x r`.
+///
+/// Shapes: `dy` and `x` `[num_rows, weight.len()]`. The order of the sums depends on the shape and the ISA alone.
+///
+/// # Panics
+/// If a length does not fit.
+pub fn rms_norm_backward(cpu: &Cpu, out: RmsNormBackward<'_>, dy: &[f32], x: &[f32], weight: &[f32], eps: f32) {
+    let RmsNormBackward { dx, dx_store, dweight, dweight_store, scratch } = out;
+    let width = weight.len();
+    assert_eq!(dx.len(), x.len(), "dx and x");
+    assert_eq!(dy.len(), x.len(), "dy and x");
+    assert_eq!(dweight.len(), width, "dweight and weight");
+    assert!(width > 0 && x.len().is_multiple_of(width), "{} numbers are not rows of {width}", x.len());
+    let partials = &mut scratch[..rms_norm_scratch_len(x.len() / width, width)];
+    let isa = cpu.isa();
+    let chunk_len = ROWS_PER_PARTIAL * width;
+    cpu.for_each_slices([dx, &mut *partials], [chunk_len, width], |chunk, [dx, dweight]| {
+        dweight.fill(0.0);
+        let numbers = chunk * chunk_len..chunk * chunk_len + dx.len();
+        let rows = dy[numbers.clone()].chunks_exact(width).zip(x[numbers].chunks_exact(width));
+        for (dx, (dy, x)) in dx.chunks_exact_mut(width).zip(rows) {
+            isa.run(RmsNormRowBackward { dx, dweight, inputs: [dy, x, weight], eps, store: dx_store });
+        }
+    });
+    column_sums(cpu, dweight, partials, dweight_store);
+}
+
+/// One row; adds to `dweight`.
+struct RmsNormRowBackward<'a> {
+    dx: &'a mut [f32],
+    dweight: &'a mut [f32],
+    /// `dy`, `x` and the weight.
+    inputs: [&'a [f32]; 3],
+    eps: f32,
+    store: Store,
+}
+
+impl SimdOp for RmsNormRowBackward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let [_, x, _] = self.inputs;
+        let width = x.len() as f32;
+        let r = 1.0 / (sum_of_squares(simd, x) / width + self.eps).sqrt();
+        let dot = sum_terms(
+            simd,
+            self.inputs,
+            #[inline(always)]
+            |[dy, x, weight], sum| simd.mul_add(simd.mul(weight, dy), x, sum),
+        );
+        let (scale, x_scale) = (simd.splat(r), simd.splat(-r * r * r * (dot / width)));
+        update(
+            simd,
+            [self.dx, self.dweight],
+            self.inputs,
+            #[inline(always)]
+            |[dx, dweight], [dy, x, weight]| {
+                let dy = simd.mul(dy, scale);
+                let gradient = simd.mul_add(x, x_scale, simd.mul(dy, weight));
+                let dx = match self.store {
+                    Store::Set => gradient,
+                    Store::Add => simd.add(dx, gradient),
+                };
+                [dx, simd.mul_add(dy, x, dweight)]
+            },
+        );
+    }
 }
 
 /// `residual += y`.
@@ -133,7 +261,12 @@ fn sum_of_squares<S: Simd>(simd: S, x: &[f32]) -> f32 {
 pub fn add(cpu: &Cpu, residual: &mut [f32], y: &[f32]) {
     assert_eq!(residual.len(), y.len(), "residual and y");
     let isa = cpu.isa();
-    cpu.for_each_rows(residual, 1, |range, residual| isa.run(Add { residual, y: &y[range] }));
+    cpu.for_each_rows(residual, 1, |range, residual| add_row(isa, residual, &y[range]));
+}
+
+/// [`add`] on this thread.
+pub(crate) fn add_row(isa: Isa, residual: &mut [f32], y: &[f32]) {
+    isa.run(Add { residual, y });
 }
 
 struct Add<'a> {
@@ -147,84 +280,12 @@ impl SimdOp for Add<'_> {
     /// A plain loop: the compiler vectorises it.
     #[inline(always)]
     fn run<S: Simd>(self, _: S) {
-        for (residual, y) in self.residual.iter_mut().zip(self.y) {
-            *residual += y;
+        let y = &self.y[..self.residual.len()];
+        for i in 0..y.len() {
+            self.residual[i] += y[i];
         }
     }
 }
 
 #[cfg(all(test, not(loom)))]
-mod tests {
-    use super::{RmsNormParams, add, rms_norm, rms_norm_in_place};
-    use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu};
-    use crate::{ActivationType, round_to_bf16};
-
-    const EPS: f32 = 1e-5;
-
-    #[test]
-    fn rms_norm_matches_f64_on_every_isa_and_awkward_width() {
-        for cpu in every_cpu() {
-            for width in [1, 2, 7, 8, 9, 31, 33, 63, 64, 65, 128, 1343] {
-                let num_rows = 11;
-                let mut numbers = Numbers::new(width as u64);
-                let (x, weight) = (numbers.vec(num_rows * width), numbers.vec(width));
-                let mut expected = Vec::new();
-                for x in x.chunks_exact(width) {
-                    let mean = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / width as f64;
-                    let scale = 1.0 / (mean + f64::from(EPS)).sqrt();
-                    expected.extend(x.iter().zip(&weight).map(|(&x, &w)| f64::from(x) * scale * f64::from(w)));
-                }
-                let mut out = vec![0.0; x.len()];
-                let params = RmsNormParams { weight: &weight, eps: EPS, activation: ActivationType::F32 };
-                rms_norm(&cpu, &mut out, &x, params);
-                assert_close(&out, &expected, 2e-6, 0.0);
-                let mut in_place = x.clone();
-                rms_norm_in_place(&cpu, &mut in_place, &weight, EPS, ActivationType::F32);
-                assert_same_bits(&in_place, &out);
-                rms_norm(&cpu, &mut in_place, &x, RmsNormParams { activation: ActivationType::Bf16, ..params });
-                assert!(in_place.iter().zip(&out).all(|(&rounded, &y)| rounded == round_to_bf16(y)));
-            }
-        }
-    }
-
-    #[test]
-    fn a_row_among_many_is_normed_to_the_same_bits_as_alone() {
-        for cpu in every_cpu() {
-            let (num_rows, width) = (37, 1029);
-            let mut numbers = Numbers::new(5);
-            let (x, weight) = (numbers.vec(num_rows * width), numbers.vec(width));
-            let mut all = vec![0.0; x.len()];
-            let params = RmsNormParams { weight: &weight, eps: EPS, activation: ActivationType::F32 };
-            rms_norm(&cpu, &mut all, &x, params);
-            for (all, x) in all.chunks_exact(width).zip(x.chunks_exact(width)) {
-                let mut alone = vec![0.0; width];
-                rms_norm(&cpu, &mut alone, x, params);
-                assert_same_bits(&alone, all);
-            }
-        }
-    }
-
-    #[test]
-    fn a_nan_row_leaves_the_other_rows_alone() {
-        for cpu in every_cpu() {
-            let mut x = [1.0, 1.0, f32::NAN, 1.0, f32::INFINITY, 1.0];
-            rms_norm_in_place(&cpu, &mut x, &[1.0, 2.0], 0.0, ActivationType::F32);
-            assert_eq!(x[..2], [1.0, 2.0]);
-            assert!(x[2].is_nan() && x[3].is_nan() && x[4].is_nan());
-            assert_eq!(x[5], 0.0);
-        }
-    }
-
-    #[test]
-    fn add_covers_every_number_at_any_length() {
-        for cpu in every_cpu() {
-            for len in [0, 1, 17, 20_011] {
-                let mut numbers = Numbers::new(9);
-                let (before, y) = (numbers.vec(len), numbers.vec(len));
-                let mut x = before.clone();
-                add(&cpu, &mut x, &y);
-                assert!(x.iter().zip(before.iter().zip(&y)).all(|(&x, (a, b))| x == a + b));
-            }
-        }
-    }
-}
+mod tests;

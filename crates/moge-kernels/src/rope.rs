@@ -1,7 +1,8 @@
 //! Rotary position embedding (arXiv 2104.09864).
 
+use crate::cpu::Cpu;
 use crate::elements::ActivationType;
-use crate::simd::Simd;
+use crate::simd::{Simd, SimdOp};
 
 /// Which numbers of a head turn together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,35 +56,124 @@ pub fn rope_angles(cos: &mut [f32], sin: &mut [f32], positions: &[u32], inverse_
     }
 }
 
-/// Turn each pair `(a, b)` of one head to `(a cos - b sin, b cos + a sin)`, in place; then round every number of
-/// the head, turned or not, if `activation` says so.
+/// Turn each pair `(a, b)` of every head to `(a cos - b sin, b cos + a sin)`, in place; the rest of a head stays.
 ///
-/// Shapes: `x` `[head_dim]`, cosines and sines `[rotary_dim / 2]`. Plain loops: the compiler vectorises them.
-#[inline(always)]
-pub(crate) fn rope_head<S: Simd>(
-    simd: S,
-    x: &mut [f32],
-    [cos, sin]: [&[f32]; 2],
+/// Shapes: `x` `[num_rows, num_heads * head_dim]`, where `angles` set the number of rows.
+///
+/// # Panics
+/// If a length does not fit.
+pub fn rope(cpu: &Cpu, x: &mut [f32], angles: RopeAngles<'_>, head: RopeHead) {
+    turn_rows(cpu, x, angles, head, Direction::Forward);
+}
+
+/// The gradient of [`rope`], in place: the turn back, each pair to `(a cos + b sin, b cos - a sin)`.
+///
+/// Shapes: as for [`rope`].
+///
+/// # Panics
+/// If a length does not fit.
+pub fn rope_backward(cpu: &Cpu, dx: &mut [f32], angles: RopeAngles<'_>, head: RopeHead) {
+    turn_rows(cpu, dx, angles, head, Direction::Back);
+}
+
+/// Which way pairs turn.
+#[derive(Clone, Copy)]
+enum Direction {
+    Forward,
+    Back,
+}
+
+fn turn_rows(cpu: &Cpu, x: &mut [f32], angles: RopeAngles<'_>, head: RopeHead, direction: Direction) {
+    let half = head.rotary_dim / 2;
+    assert!(half > 0 && 2 * half <= head.head_dim, "rotary_dim {} of head_dim {}", head.rotary_dim, head.head_dim);
+    assert!(angles.cos.len().is_multiple_of(half), "{} cosines are not rows of {half}", angles.cos.len());
+    assert_eq!(angles.sin.len(), angles.cos.len(), "sines and cosines");
+    let num_rows = angles.cos.len() / half;
+    let row_len = x.len().checked_div(num_rows).unwrap_or(0);
+    let whole = x.len() == num_rows * row_len && row_len.is_multiple_of(head.head_dim);
+    assert!(whole, "{} numbers are not {num_rows} rows of heads of {}", x.len(), head.head_dim);
+    let isa = cpu.isa();
+    cpu.for_each_rows(x, row_len, |rows, x| {
+        let range = rows.start * half..rows.end * half;
+        let angles = [&angles.cos[range.clone()], &angles.sin[range]];
+        isa.run(TurnRows { x, row_len, angles, head, direction });
+    });
+}
+
+struct TurnRows<'a> {
+    x: &'a mut [f32],
+    row_len: usize,
+    angles: [&'a [f32]; 2],
     head: RopeHead,
-    activation: ActivationType,
-) {
+    direction: Direction,
+}
+
+impl SimdOp for TurnRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        let half = self.head.rotary_dim / 2;
+        let [cos, sin] = self.angles.map(|x| x.chunks_exact(half));
+        for ((row, cos), sin) in self.x.chunks_exact_mut(self.row_len).zip(cos).zip(sin) {
+            for x in row.chunks_exact_mut(self.head.head_dim) {
+                match self.direction {
+                    Direction::Forward => turn(x, [cos, sin], self.head, turned),
+                    Direction::Back => turn(x, [cos, sin], self.head, turned_back),
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn turned(a: f32, b: f32, cos: f32, sin: f32) -> (f32, f32) {
+    (a * cos - b * sin, b * cos + a * sin)
+}
+
+#[inline(always)]
+fn turned_back(a: f32, b: f32, cos: f32, sin: f32) -> (f32, f32) {
+    (a * cos + b * sin, b * cos - a * sin)
+}
+
+/// Replace each pair of one head by what `turned` makes of it. Plain loops: the compiler vectorises them.
+///
+/// Shapes: `x` `[head_dim]`, cosines and sines `[rotary_dim / 2]`.
+#[inline(always)]
+fn turn(x: &mut [f32], [cos, sin]: [&[f32]; 2], head: RopeHead, turned: impl Fn(f32, f32, f32, f32) -> (f32, f32)) {
     let half = head.rotary_dim / 2;
     let (cos, sin) = (&cos[..half], &sin[..half]);
     let turning = &mut x[..2 * half];
     match head.layout {
         RopeLayout::RotateHalf => {
             let (a, b) = turning.split_at_mut(half);
-            for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
-                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            for i in 0..half {
+                (a[i], b[i]) = turned(a[i], b[i], cos[i], sin[i]);
             }
         }
         RopeLayout::Interleaved => {
-            for ((pair, cos), sin) in turning.chunks_exact_mut(2).zip(cos).zip(sin) {
-                let (a, b) = (pair[0], pair[1]);
-                (pair[0], pair[1]) = (a * cos - b * sin, b * cos + a * sin);
+            let (pairs, _) = turning.as_chunks_mut::<2>();
+            let pairs = &mut pairs[..half];
+            for i in 0..half {
+                let [a, b] = pairs[i];
+                pairs[i] = turned(a, b, cos[i], sin[i]).into();
             }
         }
     }
+}
+
+/// [`rope`] of one head; then round every number of the head, turned or not, if `activation` says so.
+///
+/// Shapes: `x` `[head_dim]`, cosines and sines `[rotary_dim / 2]`.
+#[inline(always)]
+pub(crate) fn rope_head<S: Simd>(
+    simd: S,
+    x: &mut [f32],
+    angles: [&[f32]; 2],
+    head: RopeHead,
+    activation: ActivationType,
+) {
+    turn(x, angles, head, turned);
     if activation == ActivationType::Bf16 {
         crate::simd::map(
             simd,
@@ -96,9 +186,11 @@ pub(crate) fn rope_head<S: Simd>(
 
 #[cfg(all(test, not(loom)))]
 mod tests {
-    use super::{RopeHead, RopeLayout, rope_angles, rope_head, rope_inverse_frequencies};
+    use super::{
+        RopeAngles, RopeHead, RopeLayout, rope, rope_angles, rope_backward, rope_head, rope_inverse_frequencies,
+    };
     use crate::simd::{Simd, SimdOp};
-    use crate::testing::{Numbers, assert_close};
+    use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu, finite_differences};
     use crate::{ActivationType, Isa, round_to_bf16};
 
     #[test]
@@ -173,6 +265,71 @@ mod tests {
         #[inline(always)]
         fn run<S: Simd>(self, simd: S) {
             rope_head(simd, self.x, self.angles, self.head, self.activation);
+        }
+    }
+
+    /// Every shape of rows and heads with its angles: `check(head, num_heads, cos, sin)`.
+    fn each_case(check: impl Fn(RopeHead, usize, &[f32], &[f32])) {
+        for (num_rows, num_heads, head_dim, rotary_dim) in
+            [(1, 3, 2, 2), (5, 2, 12, 8), (3, 4, 34, 34), (131, 3, 48, 40)]
+        {
+            for layout in [RopeLayout::RotateHalf, RopeLayout::Interleaved] {
+                let positions: Vec<u32> = (0..num_rows).map(|row| row * 7 % 5).collect();
+                let frequencies = rope_inverse_frequencies(1000.0, rotary_dim);
+                let mut cos = vec![0.0; positions.len() * frequencies.len()];
+                let mut sin = cos.clone();
+                rope_angles(&mut cos, &mut sin, &positions, &frequencies);
+                check(RopeHead { head_dim, rotary_dim, layout }, num_heads, &cos, &sin);
+            }
+        }
+    }
+
+    #[test]
+    fn rope_turns_every_head_of_every_row_as_it_turns_one() {
+        for cpu in every_cpu() {
+            each_case(|head, num_heads, cos, sin| {
+                let half = head.rotary_dim / 2;
+                let before = Numbers::new(5).vec(cos.len() / half * num_heads * head.head_dim);
+                let (mut x, mut expected) = (before.clone(), before);
+                rope(&cpu, &mut x, RopeAngles { cos, sin }, head);
+                for (i, x) in expected.chunks_exact_mut(head.head_dim).enumerate() {
+                    let row = i / num_heads * half..(i / num_heads + 1) * half;
+                    let angles = [&cos[row.clone()], &sin[row]];
+                    cpu.isa().run(Turn { x, angles, head, activation: ActivationType::F32 });
+                }
+                assert_same_bits(&x, &expected);
+            });
+        }
+    }
+
+    #[test]
+    fn rope_backward_matches_finite_differences_on_every_isa_and_layout() {
+        for cpu in every_cpu() {
+            each_case(|head, num_heads, cos, sin| {
+                let half = head.rotary_dim / 2;
+                let mut numbers = Numbers::new(6);
+                let dy = numbers.vec(cos.len() / half * num_heads * head.head_dim);
+                let mut dx = dy.clone();
+                rope_backward(&cpu, &mut dx, RopeAngles { cos, sin }, head);
+                for (i, (dx, dy)) in dx.chunks_exact(head.head_dim).zip(dy.chunks_exact(head.head_dim)).enumerate() {
+                    let row = i / num_heads * half;
+                    // The turn is linear, so its gradient is the same everywhere.
+                    let expected = finite_differences(&vec![0.0; head.head_dim], |x| {
+                        let mut sum: f64 = x.iter().zip(dy).skip(2 * half).map(|(x, &dy)| x * f64::from(dy)).sum();
+                        for i in 0..half {
+                            let (first, second) = match head.layout {
+                                RopeLayout::RotateHalf => (i, half + i),
+                                RopeLayout::Interleaved => (2 * i, 2 * i + 1),
+                            };
+                            let (c, s) = (f64::from(cos[row + i]), f64::from(sin[row + i]));
+                            sum += f64::from(dy[first]) * (x[first] * c - x[second] * s);
+                            sum += f64::from(dy[second]) * (x[second] * c + x[first] * s);
+                        }
+                        sum
+                    });
+                    assert_close(dx, &expected, 1e-6, 2e-7);
+                }
+            });
         }
     }
 }

@@ -52,3 +52,20 @@ pub(crate) fn assert_same_bits(found: &[f32], expected: &[f32]) {
         assert_eq!(found.to_bits(), expected.to_bits(), "number {i}: {found} for {expected}");
     }
 }
+
+/// The gradient of `f` at `x` by central differences, right to about 1e-9 for smooth functions of numbers near 1.
+pub(crate) fn finite_differences(x: &[f32], f: impl Fn(&[f64]) -> f64) -> Vec<f64> {
+    const STEP: f64 = 1e-5;
+    let mut x: Vec<f64> = x.iter().copied().map(f64::from).collect();
+    let len = x.len();
+    let derivative = |i: usize| {
+        let before = x[i];
+        x[i] = before + STEP;
+        let above = f(&x);
+        x[i] = before - STEP;
+        let below = f(&x);
+        x[i] = before;
+        (above - below) / (2.0 * STEP)
+    };
+    (0..len).map(derivative).collect()
+}

@@ -68,6 +68,30 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn transpose_8x8(self, rows: [*const f32; 8], out: *mut f32, stride: usize) {
+        avx2!({
+            for half in 0..2 {
+                // Numbers of four steps: those of row `i` in the lower half, of row `i + 4` in the upper.
+                let x: [__m256; 4] = std::array::from_fn(|i| {
+                    let low = _mm256_castps128_ps256(_mm_loadu_ps(rows[i].add(4 * half)));
+                    _mm256_insertf128_ps::<1>(low, _mm_loadu_ps(rows[i + 4].add(4 * half)))
+                });
+                let (ab_low, ab_high) = (_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
+                let (cd_low, cd_high) = (_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
+                let steps = [
+                    _mm256_shuffle_ps::<0x44>(ab_low, cd_low),
+                    _mm256_shuffle_ps::<0xee>(ab_low, cd_low),
+                    _mm256_shuffle_ps::<0x44>(ab_high, cd_high),
+                    _mm256_shuffle_ps::<0xee>(ab_high, cd_high),
+                ];
+                for i in 0..4 {
+                    _mm256_storeu_ps(out.add((4 * half + i) * stride), steps[i]);
+                }
+            }
+        });
+    }
+
+    #[inline(always)]
     fn add(self, a: __m256, b: __m256) -> __m256 {
         avx2!(_mm256_add_ps(a, b))
     }

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::Simd;
+use super::{Avx2, Simd};
 
 /// Proof of AVX-512 F, BW, DQ and VL, and of what AVX2 proves.
 #[derive(Clone, Copy)]
@@ -65,6 +65,11 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn store_f32(self, out: *mut f32, v: __m512) {
         avx512!(_mm512_storeu_ps(out, v));
+    }
+
+    #[inline(always)]
+    unsafe fn transpose_8x8(self, rows: [*const f32; 8], out: *mut f32, stride: usize) {
+        avx512!(Avx2::new().transpose_8x8(rows, out, stride));
     }
 
     #[inline(always)]

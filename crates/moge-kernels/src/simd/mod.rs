@@ -79,6 +79,13 @@ pub(crate) trait Simd: Copy {
     /// [`Simd::LANES`] numbers are writable at `out`.
     unsafe fn store_f32(self, out: *mut f32, v: Self::Vector);
 
+    /// Write the transpose of eight numbers of each of `rows`: number `k` of row `m` to `out + k * stride + m`, in the
+    /// order of `k`, so that with a stride below eight a step overwrites the last numbers of the one before.
+    ///
+    /// # Safety
+    /// The numbers are readable and writable.
+    unsafe fn transpose_8x8(self, rows: [*const f32; 8], out: *mut f32, stride: usize);
+
     /// `a + b`.
     fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
 
@@ -240,6 +247,48 @@ pub(crate) fn map2<S: Simd>(
     }
     if i < out.len() {
         simd.store_part(&mut out[i..], f(simd.load_part(&a[i..], 0.0), simd.load_part(&b[i..], 0.0)));
+    }
+}
+
+/// Replace `[x, y, ..]` at each index by `f([x, y, ..], [a, b, ..])`, register by register: `in_out` is read and written,
+/// `inputs` are read, all of one length. The last register is filled up with zeros. A closure for `f` must be
+/// `inline(always)`.
+#[inline(always)]
+#[expect(clippy::needless_pass_by_value, reason = "an array of exclusive slices is of no further use to the caller")]
+pub(crate) fn update<S: Simd, const M: usize, const N: usize>(
+    simd: S,
+    in_out: [&mut [f32]; M],
+    inputs: [&[f32]; N],
+    mut f: impl FnMut([S::Vector; M], [S::Vector; N]) -> [S::Vector; M],
+) {
+    let len = in_out[0].len();
+    assert!(in_out.iter().all(|x| x.len() == len) && inputs.iter().all(|a| a.len() == len), "lengths differ");
+    let (mut x, mut a) = ([simd.splat(0.0); M], [simd.splat(0.0); N]);
+    let mut i = 0;
+    while i + S::LANES <= len {
+        for j in 0..M {
+            x[j] = simd.load(&in_out[j][i..i + S::LANES]);
+        }
+        for j in 0..N {
+            a[j] = simd.load(&inputs[j][i..i + S::LANES]);
+        }
+        x = f(x, a);
+        for j in 0..M {
+            simd.store(&mut in_out[j][i..i + S::LANES], x[j]);
+        }
+        i += S::LANES;
+    }
+    if i < len {
+        for j in 0..M {
+            x[j] = simd.load_part(&in_out[j][i..], 0.0);
+        }
+        for j in 0..N {
+            a[j] = simd.load_part(&inputs[j][i..], 0.0);
+        }
+        x = f(x, a);
+        for j in 0..M {
+            simd.store_part(&mut in_out[j][i..], x[j]);
+        }
     }
 }
 
@@ -441,6 +490,42 @@ mod tests {
                 expected_max = expected_max.max(sum as f32);
             }
             assert_eq!(max, expected_max, "{}", isa.name());
+        }
+    }
+
+    /// Transposes eight rows of nine numbers, from the second on.
+    struct Transpose<'a> {
+        rows: &'a [[f32; 9]; 8],
+        out: &'a mut [f32],
+        stride: usize,
+    }
+
+    impl SimdOp for Transpose<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            assert!(self.out.len() >= 7 * self.stride + 8);
+            let rows = std::array::from_fn(|m| self.rows[m][1..].as_ptr());
+            // SAFETY: The rows hold eight more numbers, and the line above checked the output.
+            unsafe { simd.transpose_8x8(rows, self.out.as_mut_ptr(), self.stride) };
+        }
+    }
+
+    #[test]
+    fn a_transpose_writes_its_steps_in_order_on_every_isa_and_stride() {
+        let rows: [[f32; 9]; 8] = std::array::from_fn(|m| std::array::from_fn(|k| (10 * m + k) as f32));
+        for isa in Isa::available() {
+            for stride in [6, 8, 16] {
+                let (mut found, mut expected) = ([-1.0; 128], [-1.0; 128]);
+                isa.run(Transpose { rows: &rows, out: &mut found, stride });
+                for k in 0..8 {
+                    for m in 0..8 {
+                        expected[k * stride + m] = rows[m][k + 1];
+                    }
+                }
+                assert_eq!(found, expected, "{} stride {stride}", isa.name());
+            }
         }
     }
 

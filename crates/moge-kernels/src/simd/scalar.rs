@@ -48,6 +48,16 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    unsafe fn transpose_8x8(self, rows: [*const f32; 8], out: *mut f32, stride: usize) {
+        for k in 0..8 {
+            for m in 0..8 {
+                // SAFETY: The caller's promise.
+                unsafe { *out.add(k * stride + m) = *rows[m].add(k) };
+            }
+        }
+    }
+
+    #[inline(always)]
     fn add(self, a: f32, b: f32) -> f32 {
         a + b
     }

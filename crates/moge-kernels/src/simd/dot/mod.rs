@@ -68,6 +68,6 @@ pub(crate) trait Dot: Copy {
 }
 
 /// Memory that begins at a cache line: registers that straddle two take twice the loads.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 pub(crate) struct Aligned<T>(pub(crate) T);
