@@ -11,6 +11,7 @@ mod paged_kv;
 mod scratch;
 #[cfg(all(test, not(loom)))]
 mod tests;
+mod training;
 mod write;
 
 use std::ops::Range;
@@ -24,6 +25,7 @@ pub use paged_kv::{KvType, PagedKv};
 use paged_kv::{KvView, Store};
 use scratch::Work;
 pub use scratch::{AttentionLimits, AttentionScratch};
+pub use training::{AttentionKept, PieceAttention, PieceAttentionScratch, attention_backward, attention_forward};
 pub use write::{QkvParams, write_qkv};
 
 /// A block of the KV cache: the place of `block_size` consecutive tokens of one sequence.
