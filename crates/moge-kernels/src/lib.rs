@@ -10,10 +10,12 @@
 #![allow(unsafe_code)]
 #![allow(clippy::needless_range_loop)] // Loops over registers read better with their indices.
 
+mod adamw;
 mod attention;
 mod ceilings;
 mod combine;
 mod cpu;
+mod cross_entropy;
 mod elements;
 mod embedding;
 mod exp;
@@ -25,26 +27,33 @@ mod quant;
 mod rope;
 mod simd;
 mod softmax;
+mod sums;
 mod swiglu;
 #[cfg(all(test, not(loom)))]
 mod testing;
 
+pub use adamw::{AdamW, adamw};
 pub use attention::{
-    AttentionLimits, AttentionRows, AttentionScratch, BlockId, KvType, PagedKv, QkvParams, SequenceRows,
-    paged_attention, write_qkv,
+    AttentionKept, AttentionLimits, AttentionRows, AttentionScratch, BlockId, KvType, PagedKv, PieceAttention,
+    PieceAttentionScratch, QkvParams, SequenceRows, attention_backward, attention_forward, paged_attention, write_qkv,
 };
 pub use ceilings::{Int8Product, MemoryRead, f32_flops_per_s, int8_ops_per_s};
 pub use combine::combine;
 pub use cpu::{Cpu, available_threads};
-pub use elements::{ActivationType, Dtype, Elements, Matrix, round_to_bf16};
-pub use embedding::embed;
-pub use gemm::{GroupedRows, gemm, grouped_gemm, grouped_swiglu};
+pub use cross_entropy::{IGNORED_TARGET, cross_entropy};
+pub use elements::{ActivationType, Dtype, Elements, Matrix, Store, round_to_bf16};
+pub use embedding::{embed, embed_backward};
+pub use gemm::{ExpertWeights, GroupedRows, ProductRows, Products, gemm, grouped_gemm, grouped_swiglu};
 pub use isa::{Isa, UnknownIsa};
-pub use norm::{RmsNormParams, add, rms_norm, rms_norm_in_place};
+pub use norm::{
+    RmsNormBackward, RmsNormParams, add, rms_norm, rms_norm_backward, rms_norm_in_place, rms_norm_scratch_len,
+};
 pub use pool::MAX_THREADS;
 pub use quant::{
     ExpertsDown, PACKED_LAYOUT_VERSION, PANEL_ROWS, PackError, PackedFormat, PackedMatrix, PackedProduct,
     QUANT_BLOCK_LEN, QuantizedRows, pack_levels, pack_panel, packed_experts_down, packed_gemm, packed_swiglu,
 };
-pub use rope::{RopeAngles, RopeHead, RopeLayout, rope_angles, rope_inverse_frequencies};
+pub use rope::{RopeAngles, RopeHead, RopeLayout, rope, rope_angles, rope_backward, rope_inverse_frequencies};
 pub use softmax::softmax;
+pub use sums::{column_sums, sum_of_squares, sum_of_squares_scratch_len};
+pub use swiglu::{RowWeights, swiglu_backward, swiglu_rows};

@@ -5,11 +5,14 @@
 //! it meets, and experts without rows are not touched.
 
 mod grouped;
+pub(crate) mod panel;
+mod products;
 #[cfg(all(test, not(loom)))]
 mod tests;
 pub(crate) mod tile;
 
 pub use grouped::{GroupedRows, grouped_gemm, grouped_swiglu};
+pub use products::{ExpertWeights, ProductRows, Products};
 
 use crate::cpu::Cpu;
 use crate::elements::Matrix;
