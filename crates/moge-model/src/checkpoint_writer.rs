@@ -393,7 +393,10 @@ fn resume_error(path: &Path, source: io::Error) -> WriteError {
 }
 
 /// Make the renames inside `dir` survive a power cut.
-fn sync_directory(dir: &Path) -> Result<(), WriteError> {
+///
+/// # Errors
+/// If the file system refuses.
+pub fn sync_directory(dir: &Path) -> Result<(), WriteError> {
     // Only Unix lets a directory be opened as a file.
     if cfg!(unix) {
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(|source| io_error(dir, source))?;

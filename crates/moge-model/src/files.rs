@@ -1,9 +1,12 @@
 //! Opening the files of a checkpoint. A directory from the network may hold anything under the names that we look for: a
 //! pipe that never answers, a device that never ends, what Git LFS leaves in place of a file.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
+
+use crate::checkpoint::CheckpointError;
 
 /// Longest of the files that are read whole, in bytes. The largest known, a `tokenizer.json`, has 20 MB.
 const MAX_WHOLE_BYTES: u64 = 256 << 20;
@@ -12,7 +15,10 @@ const MAX_WHOLE_BYTES: u64 = 256 << 20;
 const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
 
 /// Open a file to read, if it is one.
-pub(crate) fn open_file(path: &Path) -> io::Result<File> {
+///
+/// # Errors
+/// If it is no regular file, or one that Git LFS left in place of it, or cannot be opened.
+pub fn open_file(path: &Path) -> io::Result<File> {
     // Asked before opening: to open a named pipe is to wait for its writer.
     let metadata = fs::metadata(path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound if is_there(path) => io::Error::new(error.kind(), "a link that leads nowhere"),
@@ -44,7 +50,45 @@ pub fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The same; `None` if there is nothing under this name. A link that leads nowhere is something, and an error.
+/// The files in `dir` that belong to a checkpoint beside weights and config: the tokenizer and the like, by name, and what
+/// they hold. Directories do not, whatever their names.
+///
+/// # Errors
+/// If the directory or one of the files cannot be read.
+pub fn small_files(dir: &Path) -> Result<Vec<(OsString, Vec<u8>)>, CheckpointError> {
+    let failed = |path: &Path, source| CheckpointError::Read { file: path.display().to_string(), source };
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir).map_err(|error| failed(dir, error))? {
+        let entry = entry.map_err(|error| failed(dir, error))?;
+        let path = entry.path();
+        let read = || match entry.file_type()?.is_dir() {
+            true => Ok(None),
+            false => read_file(&path).map(Some),
+        };
+        if is_small_file(&entry.file_name().to_string_lossy())
+            && let Some(bytes) = read().map_err(|error| failed(&path, error))?
+        {
+            files.push((entry.file_name(), bytes));
+        }
+    }
+    Ok(files)
+}
+
+/// True for the files that belong to a checkpoint beside weights and config.
+fn is_small_file(name: &str) -> bool {
+    const NAMES: [&str; 6] = [
+        "generation_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "README.md",
+    ];
+    let prefixes = ["tokenizer", "chat_template", "LICENSE", "NOTICE"];
+    NAMES.contains(&name) || prefixes.iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// As [`read_file`]; `None` if there is nothing under this name. A link that leads nowhere is something, and an error.
 pub(crate) fn read_file_if_there(path: &Path) -> io::Result<Option<Vec<u8>>> {
     if is_there(path) { read_file(path).map(Some) } else { Ok(None) }
 }

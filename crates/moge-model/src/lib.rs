@@ -24,10 +24,11 @@ pub use batch::Batch;
 pub use chat_template::{ChatRequest, ChatTemplate, ChatTemplateError, Thinking, thinking_delimiters, thinking_tokens};
 pub use checkpoint::{Checkpoint, CheckpointError, LoadMode, StoredTensor, TensorProblem};
 pub use checkpoint_writer::{
-    CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, JOURNAL_NAME, PlannedTensor, WriteError, io_error, write_file,
+    CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, JOURNAL_NAME, PlannedTensor, WriteError, io_error, sync_directory,
+    write_file,
 };
 pub use config::{Architecture, ConfigError, MlpConfig, ModelConfig, MoeConfig, NormPlacement, RopeConfig};
-pub use files::read_file;
+pub use files::{open_file, read_file, small_files};
 pub use generation_config::{GenerationDefaults, GenerationDefaultsError};
 pub use ids::{ExpertId, TokenId};
 pub use kv_cache::KvCache;
@@ -38,9 +39,10 @@ pub use moge_kernels::{
 pub use non_finite::{NonFinite, count_non_finite};
 pub use profile::{Operator, Profile};
 pub use quant_scheme::{QuantScheme, WeightRole, format_from_name, format_name};
-pub use router::{Route, route_token};
+pub use router::{Dispatch, Route, route_token};
 pub use tokenizer::{Detokenizer, Prefix, SentencePieceError, StopStrings, Tokenizer, TokenizerError, eos_token_ids};
 pub use weight_bytes::{LayerBytes, WeightBytes};
+pub use weights::{Experts, Layer, LayerMlp, Linear, Network, PostNorms, Swiglu, TensorSource, Weight};
 pub use weights::{PackedSpec, TensorSpec, expected_tensors, source_name, stored_bytes, tensor_problems};
 pub use workspace::{StepLimits, Trace, Workspace};
 

@@ -45,22 +45,22 @@ pub fn route_token(isa: Isa, config: &MoeConfig, logits: &mut [f32], router_scal
 
 /// The rows of a step sorted by expert, so that each expert's weights are read once. Reused from step to step.
 #[derive(Debug)]
-pub(crate) struct Dispatch {
+pub struct Dispatch {
     /// Dispatched rows of expert `e` are `offsets[e]..offsets[e + 1]`; `[num_experts + 1]`.
-    pub(crate) offsets: Vec<usize>,
+    pub offsets: Vec<usize>,
     /// Source row of each dispatched row, `[num_rows * experts_per_token]`.
-    pub(crate) source_rows: Vec<u32>,
+    pub source_rows: Vec<u32>,
     /// Dispatched row of each choice, `[num_rows, experts_per_token]`.
-    pub(crate) slots: Vec<u32>,
+    pub slots: Vec<u32>,
     /// Weight of each choice, `[num_rows, experts_per_token]`.
-    pub(crate) weights: Vec<f32>,
+    pub weights: Vec<f32>,
     /// Weight of each dispatched row, `[num_rows * experts_per_token]`.
-    pub(crate) row_weights: Vec<f32>,
+    pub row_weights: Vec<f32>,
 }
 
 impl Dispatch {
     /// Room for `num_choices` choices among `num_experts` experts.
-    pub(crate) fn with_capacity(num_choices: usize, num_experts: usize) -> Dispatch {
+    pub fn with_capacity(num_choices: usize, num_experts: usize) -> Dispatch {
         Dispatch {
             offsets: Vec::with_capacity(num_experts + 1),
             source_rows: Vec::with_capacity(num_choices),
@@ -71,7 +71,7 @@ impl Dispatch {
     }
 
     /// Sort `routes` `[num_rows, experts_per_token]` by expert; rows of one expert stay in order.
-    pub(crate) fn sort(&mut self, config: &MoeConfig, routes: &[Route]) {
+    pub fn sort(&mut self, config: &MoeConfig, routes: &[Route]) {
         self.offsets.clear();
         self.offsets.resize(config.num_experts + 1, 0);
         for route in routes {
@@ -98,7 +98,7 @@ impl Dispatch {
     }
 
     /// How many rows each expert has, `[num_experts]`.
-    pub(crate) fn rows_per_expert(&self) -> impl Iterator<Item = usize> {
+    pub fn rows_per_expert(&self) -> impl Iterator<Item = usize> {
         self.offsets.windows(2).map(|offsets| offsets[1] - offsets[0])
     }
 }

@@ -13,7 +13,7 @@ use crate::quant_scheme::{QuantScheme, WeightRole, format_name};
 
 /// A large tensor, used where it lies in the checkpoint's file, or packed: `[rows, cols]`.
 #[derive(Clone, Debug)]
-pub(crate) struct Weight {
+pub struct Weight {
     storage: Arc<Storage>,
     range: Range<usize>,
     format: Format,
@@ -147,7 +147,7 @@ pub fn source_name<'a>(config: &ModelConfig, name: &'a str) -> &'a str {
 }
 
 /// Where [`Network::build`] gets its tensors: a checkpoint, or a list of what is wanted.
-pub(crate) trait TensorSource {
+pub trait TensorSource {
     /// A large tensor.
     type Matrix;
     /// A small tensor, widened to f32.
@@ -165,61 +165,61 @@ pub(crate) trait TensorSource {
 
 /// All weights of a network.
 #[derive(Debug)]
-pub(crate) struct Network<M = Weight, V = Vec<f32>> {
+pub struct Network<M = Weight, V = Vec<f32>> {
     /// Token embedding `[vocab_size, hidden_size]`.
-    pub(crate) embedding: M,
+    pub embedding: M,
     /// The layers in order.
-    pub(crate) layers: Vec<Layer<M, V>>,
+    pub layers: Vec<Layer<M, V>>,
     /// Weight of the last norm, `[hidden_size]`.
-    pub(crate) final_norm: V,
+    pub final_norm: V,
     /// Output head `[vocab_size, hidden_size]`.
-    pub(crate) head: M,
+    pub head: M,
 }
 
 /// One layer.
 #[derive(Debug)]
-pub(crate) struct Layer<M = Weight, V = Vec<f32>> {
+pub struct Layer<M = Weight, V = Vec<f32>> {
     /// Norm before attention, `[hidden_size]`.
-    pub(crate) attention_norm: V,
+    pub attention_norm: V,
     /// Norm before the MLP, `[hidden_size]`.
-    pub(crate) mlp_norm: V,
+    pub mlp_norm: V,
     /// Norms after attention and after the MLP, where the network has them.
-    pub(crate) post_norms: Option<PostNorms<V>>,
+    pub post_norms: Option<PostNorms<V>>,
     /// Query projection.
-    pub(crate) q: Linear<M, V>,
+    pub q: Linear<M, V>,
     /// Key projection.
-    pub(crate) k: Linear<M, V>,
+    pub k: Linear<M, V>,
     /// Value projection.
-    pub(crate) v: Linear<M, V>,
+    pub v: Linear<M, V>,
     /// Output projection.
-    pub(crate) o: Linear<M, V>,
+    pub o: Linear<M, V>,
     /// Norms of each q and k head, `[head_dim]`, where the network has them.
-    pub(crate) qk_norms: Option<[V; 2]>,
+    pub qk_norms: Option<[V; 2]>,
     /// The MLP.
-    pub(crate) mlp: LayerMlp<M, V>,
+    pub mlp: LayerMlp<M, V>,
 }
 
 /// Norms of a sandwich layer that come after its two halves.
 #[derive(Debug)]
-pub(crate) struct PostNorms<V = Vec<f32>> {
+pub struct PostNorms<V = Vec<f32>> {
     /// Of the attention's output, `[hidden_size]`.
-    pub(crate) attention: V,
+    pub attention: V,
     /// Of the MLP's output, `[hidden_size]`.
-    pub(crate) mlp: V,
+    pub mlp: V,
 }
 
 /// A projection.
 #[derive(Debug)]
-pub(crate) struct Linear<M = Weight, V = Vec<f32>> {
+pub struct Linear<M = Weight, V = Vec<f32>> {
     /// `[output width, input width]`.
-    pub(crate) weight: M,
+    pub weight: M,
     /// `[output width]`.
-    pub(crate) bias: Option<V>,
+    pub bias: Option<V>,
 }
 
 /// The MLP of a layer.
 #[derive(Debug)]
-pub(crate) enum LayerMlp<M = Weight, V = Vec<f32>> {
+pub enum LayerMlp<M = Weight, V = Vec<f32>> {
     /// One SwiGLU.
     Dense(Swiglu<M>),
     /// Routed experts and a shared one.
@@ -228,32 +228,29 @@ pub(crate) enum LayerMlp<M = Weight, V = Vec<f32>> {
 
 /// `down(silu(gate(x)) * up(x))`.
 #[derive(Debug)]
-pub(crate) struct Swiglu<M = Weight> {
+pub struct Swiglu<M = Weight> {
     /// Gate and up, `[intermediate_size, hidden_size]` each.
-    pub(crate) gate_up: [M; 2],
+    pub gate_up: [M; 2],
     /// `[hidden_size, intermediate_size]`.
-    pub(crate) down: M,
+    pub down: M,
 }
 
 /// Weights of a layer's experts.
 #[derive(Debug)]
-pub(crate) struct Experts<M = Weight, V = Vec<f32>> {
+pub struct Experts<M = Weight, V = Vec<f32>> {
     /// The router, `[num_experts, hidden_size]`.
-    pub(crate) router: M,
+    pub router: M,
     /// Learned factor of each expert's weight, `[num_experts]`.
-    pub(crate) router_scale: V,
+    pub router_scale: V,
     /// Routed experts in order; an expert group is a run of `experts_per_group`.
-    pub(crate) routed: Vec<Swiglu<M>>,
+    pub routed: Vec<Swiglu<M>>,
     /// The shared expert.
-    pub(crate) shared: Swiglu<M>,
+    pub shared: Swiglu<M>,
 }
 
 impl<M: Clone, V> Network<M, V> {
-    /// Ask `source` for every tensor of the network that `config` describes.
-    pub(crate) fn build<S: TensorSource<Matrix = M, Vector = V>>(
-        config: &ModelConfig,
-        source: &mut S,
-    ) -> Network<M, V> {
+    /// Ask `source` for every tensor of the network that `config` describes, in the order of [`expected_tensors`].
+    pub fn build<S: TensorSource<Matrix = M, Vector = V>>(config: &ModelConfig, source: &mut S) -> Network<M, V> {
         let hidden = config.hidden_size;
         let embedding = source.matrix(EMBEDDING_NAME.to_owned(), WeightRole::Embedding, config.vocab_size, hidden);
         let layers = (0..config.num_layers).map(|layer| Layer::build(config, layer, source)).collect();

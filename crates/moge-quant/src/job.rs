@@ -3,19 +3,20 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, sync_channel};
 
 use moge_kernels::{Cpu, PackError};
 use moge_model::{
-    CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, ModelConfig, QuantScheme, WriteError, io_error, read_file, write_file,
+    CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, ModelConfig, QuantScheme, WriteError, io_error, small_files,
+    sync_directory, write_file,
 };
 
 use crate::damage::{Damage, Rounding, TensorDamage};
 use crate::error::QuantizeError;
-use crate::journal::{self, Identity, Journal, Record, entries_of, read_error, refuse_files_in};
+use crate::journal::{self, Identity, Journal, Record, refuse_files_in};
 use crate::pieces::Piece;
 use crate::source::{Item, Source};
 
@@ -55,7 +56,7 @@ impl Job {
     pub fn open(model: &Path, out: &Path, scheme: QuantScheme) -> Result<Job, QuantizeError> {
         let source = Source::open(model, scheme)?;
         let identity = Identity::of(model, scheme)?;
-        let small_files = read_small_files(model)?;
+        let small_files = small_files(model)?;
         let complete = match journal::read(out, &identity)? {
             Some(complete) => complete,
             None => {
@@ -198,8 +199,7 @@ impl Job {
         let config = serde_json::to_string_pretty(&self.source.config_json).expect("JSON can be written");
         write_file(&to.join("config.json"), format!("{config}\n").as_bytes())?;
         // The names of the files must be on the disk before the journal goes.
-        File::open(to).and_then(|dir| dir.sync_all()).map_err(|source| io_error(to, source))?;
-        Ok(())
+        Ok(sync_directory(to)?)
     }
 
     fn damage(&self) -> Damage {
@@ -242,36 +242,4 @@ fn write(
 fn num_bytes(item: &Item) -> u64 {
     let planned = item.planned();
     planned.shape.iter().map(|&size| size as u64).product::<u64>() * (planned.dtype.bitsize() / 8) as u64
-}
-
-/// The files in `dir` that belong to a checkpoint beside weights and config. Directories do not, whatever their names.
-fn read_small_files(dir: &Path) -> Result<Vec<(OsString, Vec<u8>)>, QuantizeError> {
-    let mut files = Vec::new();
-    for entry in entries_of(dir)? {
-        let path = entry.path();
-        let read = || match entry.file_type()?.is_dir() {
-            true => Ok(None),
-            false => read_file(&path).map(Some),
-        };
-        if is_small_file(&entry.file_name().to_string_lossy())
-            && let Some(bytes) = read().map_err(|error| read_error(&path, error))?
-        {
-            files.push((entry.file_name(), bytes));
-        }
-    }
-    Ok(files)
-}
-
-/// True for the files that belong to a checkpoint beside weights and config.
-fn is_small_file(name: &str) -> bool {
-    const NAMES: [&str; 6] = [
-        "generation_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "merges.txt",
-        "README.md",
-    ];
-    let prefixes = ["tokenizer", "chat_template", "LICENSE", "NOTICE"];
-    NAMES.contains(&name) || prefixes.iter().any(|prefix| name.starts_with(prefix))
 }

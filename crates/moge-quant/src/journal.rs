@@ -181,12 +181,12 @@ pub(crate) fn refuse_files_in(dir: &Path) -> Result<(), QuantizeError> {
 }
 
 /// What is in a directory.
-pub(crate) fn entries_of(dir: &Path) -> Result<Vec<DirEntry>, QuantizeError> {
+fn entries_of(dir: &Path) -> Result<Vec<DirEntry>, QuantizeError> {
     let entries = std::fs::read_dir(dir).and_then(Iterator::collect);
     entries.map_err(|error| read_error(dir, error))
 }
 
 /// That `path` cannot be read.
-pub(crate) fn read_error(path: &Path, source: io::Error) -> QuantizeError {
+fn read_error(path: &Path, source: io::Error) -> QuantizeError {
     QuantizeError::Read { path: path.to_owned(), source }
 }

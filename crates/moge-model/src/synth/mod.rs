@@ -20,6 +20,7 @@ use crate::checkpoint_writer::{
 use crate::config::{Architecture, ConfigError, ModelConfig};
 use crate::weights::{TensorSpec, expected_tensors};
 pub use presets::{PRESETS, Preset};
+pub use random::{TensorRng, Uniform};
 use weights::Source;
 
 /// What to make: the sizes as a user states them, not checked yet.

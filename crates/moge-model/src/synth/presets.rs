@@ -29,6 +29,16 @@ pub const PRESETS: &[Preset] = &[
         config: pangu_pro_moe(Common::new([6, 256, 8, 2, 32], 4096, 4096), [24, 4, 4, 160, 640]),
     },
     Preset {
+        name: "train-22m",
+        about: "44 MB: to measure training; 6 layers, 20 experts in 5 expert groups",
+        config: pangu_pro_moe(Common::new([6, 256, 6, 2, 48], 4096, 4096), [20, 5, 5, 192, 256]),
+    },
+    Preset {
+        name: "train-104m",
+        about: "0.2 GB: to measure training; 4 layers, 32 experts in 8 expert groups",
+        config: pangu_pro_moe(Common::new([4, 768, 12, 4, 64], 8192, 4096), [32, 8, 8, 256, 1024]),
+    },
+    Preset {
         name: "pangu-pro-moe-4l",
         about: "12 GB: 4 layers at full width, vocabulary 32000",
         config: pangu_pro_moe(Common::new([4, 5120, 40, 8, 128], 32_000, 131_072), [64, 8, 8, 1344, 5376]),

@@ -6,14 +6,16 @@ use moge_kernels::Dtype;
 
 /// Numbers spread evenly over `mean - amplitude .. mean + amplitude`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Uniform {
-    pub(super) mean: f32,
-    pub(super) amplitude: f32,
+pub struct Uniform {
+    /// The middle.
+    pub mean: f32,
+    /// Largest distance from it.
+    pub amplitude: f32,
 }
 
 impl Uniform {
     /// Mean zero and the given standard deviation.
-    pub(super) fn with_deviation(deviation: f32) -> Uniform {
+    pub fn with_deviation(deviation: f32) -> Uniform {
         // The standard deviation of a uniform distribution is its amplitude over the root of 3.
         Uniform { mean: 0.0, amplitude: deviation * 3f32.sqrt() }
     }
@@ -21,13 +23,20 @@ impl Uniform {
 
 /// The random numbers of one tensor.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct TensorRng {
+pub struct TensorRng {
     key: u64,
 }
 
 impl TensorRng {
-    pub(super) fn new(seed: u64, tensor: &str) -> TensorRng {
+    /// Those of the tensor of this name.
+    pub fn new(seed: u64, tensor: &str) -> TensorRng {
         TensorRng { key: tensor.bytes().fold(mix(seed), |key, byte| mix(key ^ u64::from(byte))) }
+    }
+
+    /// The first `len` elements.
+    pub fn numbers(self, range: Uniform, len: usize) -> Vec<f32> {
+        let bytes = self.bytes(Dtype::F32, range, 0, len);
+        bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
     }
 
     /// Elements `start..start + len` as little-endian numbers of type `dtype`.
