@@ -88,16 +88,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Output:
-    """What one forward pass over a sequence yields. The last three are empty lists in a dense model."""
+    """What one forward pass over a sequence yields. The last four are empty lists in a dense model."""
 
     logits: torch.Tensor  # [num_tokens, vocab_size]
     hidden: torch.Tensor  # [num_layers + 1, num_tokens, hidden_size]: residual stream around the layers
     expert_ids: list  # per layer: [num_tokens, num_expert_groups, top_k_per_group]
     expert_weights: list  # per layer, same shape
     router_probs: list  # per layer: [num_tokens, num_expert_groups, experts_per_group]
+    router_logits: list  # per layer: [num_tokens, num_experts]
 
 
-@torch.no_grad()
 def forward(model: Model, tokens: torch.Tensor, bf16_activations: bool = False) -> Output:
     """Run a whole sequence `tokens` `[num_tokens]` through the network.
 
@@ -128,8 +128,7 @@ def forward(model: Model, tokens: torch.Tensor, bf16_activations: bool = False) 
 
     head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     logits = model.linear(head, rounded(model.norm("model.norm", x)))
-    expert_ids, expert_weights, router_probs = map(list, zip(*routes)) if routes else ([], [], [])
-    return Output(logits, torch.stack(hidden), expert_ids, expert_weights, router_probs)
+    return Output(logits, torch.stack(hidden), *(map(list, zip(*routes)) if routes else ([], [], [], [])))
 
 
 def attention(model: Model, name: str, x: torch.Tensor, rounded) -> torch.Tensor:
@@ -185,7 +184,8 @@ def grouped_experts(model: Model, name: str, x: torch.Tensor, rounded) -> tuple[
     """
     config = model.config
     experts_per_group = config.num_experts // config.num_expert_groups
-    probs = model.linear(f"{name}.gate", x).softmax(-1)
+    logits = model.linear(f"{name}.gate", x)
+    probs = logits.softmax(-1)
     grouped_probs = probs.view(len(x), config.num_expert_groups, experts_per_group)
     best_first = grouped_probs.sort(dim=-1, descending=True, stable=True).indices
     group_starts = torch.arange(0, config.num_experts, experts_per_group)[:, None]
@@ -198,4 +198,4 @@ def grouped_experts(model: Model, name: str, x: torch.Tensor, rounded) -> tuple[
         token, *place = (expert_ids == expert).nonzero(as_tuple=True)
         weight = expert_weights[token, *place][:, None]
         y[token] += weight * swiglu(model, f"{name}.experts.{expert}", x[token], rounded)
-    return y, expert_ids, expert_weights, grouped_probs
+    return y, expert_ids, expert_weights, grouped_probs, logits

@@ -105,7 +105,7 @@ def train(tokens: torch.Tensor, num_steps: int) -> dict[str, torch.Tensor]:
         total = 0.0
         for start in starts.tolist():
             sequence = tokens[start : start + SEQUENCE_LEN + 1]
-            output = forward.__wrapped__(model, sequence[:-1])  # Without its `no_grad`.
+            output = forward(model, sequence[:-1])
             loss = F.cross_entropy(output.logits, sequence[1:])
             ((loss + BALANCE_WEIGHT * imbalance(output)) / len(starts)).backward()
             total += loss.item() / len(starts)
