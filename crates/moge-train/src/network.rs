@@ -1,0 +1,330 @@
+//! The network for training: forward that keeps activations, and its backward, written out.
+//!
+//! It is the decoder that [`moge_model::Model`] runs, built from the same description, with its parameters in one flat
+//! vector. Forward shares the engine's kernels, products excepted: those of training pack both factors, which is faster for
+//! many rows and sums in another order, so results agree to rounding. Where a choice of experts is closer than that, the
+//! forced expert ids of [`Batch::forced_experts`] make both take the same.
+//!
+//! Every sum has an order that depends on shapes and ISA alone: gradients have the same bits at any number of threads.
+
+mod attention;
+mod mlp;
+mod routing;
+mod spans;
+#[cfg(test)]
+pub(crate) mod tests;
+mod workspace;
+
+use std::ops::Range;
+
+use moge_kernels::{
+    Cpu, Elements, Matrix, PieceAttentionScratch, Products, RopeAngles, Store, cross_entropy, embed, embed_backward,
+    rope_angles, rope_inverse_frequencies,
+};
+use moge_model::{ExpertId, Layer, LayerMlp, ModelConfig, MoeConfig, Swiglu};
+
+use crate::batch::TokenBatch;
+pub use routing::RoutingLosses;
+use spans::{Gradients, Linear, MatrixSpan, Spans};
+use workspace::{Kept, Scratch, logit_rows};
+pub use workspace::{MAX_ROWS, TrainMemory, Workspace};
+
+/// A network's description and the places of its parameters.
+#[derive(Debug)]
+pub struct TrainNetwork {
+    config: ModelConfig,
+    embedding: MatrixSpan,
+    layers: Vec<LayerPlaces>,
+    final_norm: Range<usize>,
+    head: MatrixSpan,
+    inverse_frequencies: Vec<f32>,
+}
+
+/// A layer's places.
+#[derive(Debug)]
+struct LayerPlaces {
+    spans: Layer<MatrixSpan, Range<usize>>,
+    /// Those of the routed half, as products want them.
+    experts: Option<ExpertPlaces>,
+}
+
+/// Places of a layer's router and routed experts.
+#[derive(Debug)]
+struct ExpertPlaces {
+    moe: MoeConfig,
+    router: MatrixSpan,
+    router_scale: Range<usize>,
+    /// Where `[gate; up]` of each expert begins.
+    gate_up_starts: Vec<usize>,
+    down_starts: Vec<usize>,
+}
+
+/// What a pass over a batch is told besides the parameters.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// The rows.
+    pub rows: &'a TokenBatch,
+    /// Experts to take in place of the best ones, `[routed layers, num_rows, experts_per_token]`, each row's in the order of
+    /// the expert groups: those that another program chose. Their weights are the router's.
+    pub forced_experts: Option<&'a [ExpertId]>,
+}
+
+/// What each part of the loss counts in the gradients of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct LossScales {
+    /// Of the cross-entropy of each row: 1 / targets of the step.
+    pub cross_entropy: f32,
+    /// Of [`RoutingLosses::aux`].
+    pub aux: f32,
+    /// Of [`RoutingLosses::z`].
+    pub z: f32,
+}
+
+/// What a batch lost.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Losses {
+    /// Sum of the cross-entropy over the rows that have a target.
+    pub cross_entropy: f64,
+    /// Of the routers.
+    pub routing: RoutingLosses,
+    /// Rows that each expert got, `[routed layers][num_experts]`.
+    pub expert_load: Vec<Vec<u64>>,
+}
+
+/// What stays the same during a pass.
+struct Pass<'a> {
+    cpu: &'a Cpu,
+    config: &'a ModelConfig,
+    params: &'a [f32],
+    offsets: &'a [usize],
+    angles: RopeAngles<'a>,
+    forced: Option<&'a [ExpertId]>,
+    scales: LossScales,
+}
+
+/// Memory of a pass that no layer keeps.
+struct Tools<'a> {
+    products: &'a mut Products,
+    exact: &'a mut Products,
+    attention: &'a mut PieceAttentionScratch,
+    scratch: &'a mut Scratch,
+}
+
+impl LayerPlaces {
+    fn new(config: &ModelConfig, spans: Layer<MatrixSpan, Range<usize>>) -> LayerPlaces {
+        let experts = match (&spans.mlp, &config.mlp) {
+            (LayerMlp::GroupedExperts(experts), moge_model::MlpConfig::GroupedExperts(moe)) => Some(ExpertPlaces {
+                moe: *moe,
+                router: experts.router,
+                router_scale: experts.router_scale.clone(),
+                gate_up_starts: experts.routed.iter().map(|e| MatrixSpan::joined(e.gate_up).start).collect(),
+                down_starts: experts.routed.iter().map(|e| e.down.start).collect(),
+            }),
+            _ => None,
+        };
+        LayerPlaces { spans, experts }
+    }
+
+    /// The MLP that every row goes through: the only one, or the shared expert.
+    fn dense(&self) -> &Swiglu<MatrixSpan> {
+        match &self.spans.mlp {
+            LayerMlp::Dense(mlp) => mlp,
+            LayerMlp::GroupedExperts(experts) => &experts.shared,
+        }
+    }
+}
+
+impl TrainNetwork {
+    /// The network that `config` describes.
+    pub fn new(config: &ModelConfig) -> TrainNetwork {
+        let Spans { embedding, layers, final_norm, head } = spans::spans(config);
+        TrainNetwork {
+            config: config.clone(),
+            embedding,
+            layers: layers.into_iter().map(|spans| LayerPlaces::new(config, spans)).collect(),
+            final_norm,
+            head,
+            inverse_frequencies: rope_inverse_frequencies(config.rope.theta, config.rope.rotary_dim),
+        }
+    }
+
+    /// Its description.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Arithmetic of forward and backward per token: six operations for each weight that multiplies it. The scores and sums
+    /// of attention, norms and the embedding are not counted.
+    pub fn flops_per_token(&self) -> u64 {
+        let dense = |span: &MatrixSpan| (span.rows * span.cols) as u64;
+        let swiglu = |mlp: &Swiglu<MatrixSpan>| mlp.gate_up.iter().map(dense).sum::<u64>() + dense(&mlp.down);
+        let layer = |layer: &LayerPlaces| {
+            let spans = &layer.spans;
+            let projections: u64 = [&spans.q, &spans.k, &spans.v, &spans.o].iter().map(|p| dense(&p.weight)).sum();
+            let routed = match &spans.mlp {
+                LayerMlp::GroupedExperts(experts) => {
+                    let per_token = layer.experts.as_ref().map_or(0, |e| e.moe.experts_per_token() as u64);
+                    per_token * swiglu(&experts.routed[0])
+                }
+                LayerMlp::Dense(_) => 0,
+            };
+            projections + swiglu(layer.dense()) + routed
+        };
+        6 * (self.layers.iter().map(layer).sum::<u64>() + dense(&self.head))
+    }
+
+    /// Forward and backward over `batch`. `grads`, laid out as `params`, are replaced or added to as `store` says.
+    ///
+    /// # Panics
+    /// If a length does not fit, `work` is that of another network or smaller, a token or target is not below the
+    /// vocabulary's size, or a forced expert is not below their number.
+    pub fn forward_backward(
+        &self,
+        cpu: &Cpu,
+        (params, grads): (&[f32], (&mut [f32], Store)),
+        batch: Batch<'_>,
+        scales: LossScales,
+        work: &mut Workspace,
+    ) -> Losses {
+        let mut grads = Gradients { numbers: grads.0, store: grads.1 };
+        let mut losses = Losses::default();
+        let Workspace { products, exact, attention, cos, sin, stream, kept, scratch } = self.begin(batch, work);
+        let (cpu, config, offsets) = (cpu, &self.config, &batch.rows.offsets[..]);
+        let angles = RopeAngles { cos, sin };
+        let pass = Pass { cpu, config, params, offsets, angles, forced: batch.forced_experts, scales };
+        let mut tools = Tools { products, exact, attention, scratch };
+        self.forward(&pass, &batch.rows.tokens, (stream, kept), &mut tools, &mut losses);
+        let mut d_stream = std::mem::take(&mut stream[self.layers.len()]);
+        losses.cross_entropy = self.head(&pass, &mut d_stream, &batch.rows.targets, &mut tools, &mut grads);
+        let recompute = kept.len() < self.layers.len();
+        for (index, layer) in self.layers.iter().enumerate().rev() {
+            let kept = if recompute { &mut kept[0] } else { &mut kept[index] };
+            // What forward kept last is the last layer's.
+            if recompute && index + 1 < self.layers.len() {
+                let (inputs, outputs) = stream.split_at_mut(index + 1);
+                pass.layer(layer, index, (&inputs[index], &mut outputs[0]), kept, &mut tools);
+            }
+            pass.mlp_backward(layer, &mut d_stream, kept, &mut tools, &mut grads);
+            pass.attention_backward(&layer.spans, (&mut d_stream, &stream[index]), kept, &mut tools, &mut grads);
+        }
+        let d_table = &mut grads.numbers[self.embedding.range()];
+        if grads.store == Store::Set && self.head.start != self.embedding.start {
+            d_table.fill(0.0);
+        }
+        embed_backward(cpu, d_table, &d_stream, &batch.rows.tokens);
+        stream[self.layers.len()] = d_stream;
+        losses
+    }
+
+    /// Logits of all rows, `[num_rows, vocab_size]`, as the forward pass of training computes them.
+    ///
+    /// # Panics
+    /// As [`TrainNetwork::forward_backward`].
+    pub fn logits(&self, cpu: &Cpu, params: &[f32], batch: Batch<'_>, work: &mut Workspace) -> Vec<f32> {
+        let mut losses = Losses::default();
+        let Workspace { products, exact, attention, cos, sin, stream, kept, scratch } = self.begin(batch, work);
+        let (config, offsets) = (&self.config, &batch.rows.offsets[..]);
+        let scales = LossScales { cross_entropy: 0.0, aux: 0.0, z: 0.0 };
+        let angles = RopeAngles { cos, sin };
+        let pass = Pass { cpu, config, params, offsets, angles, forced: batch.forced_experts, scales };
+        let mut tools = Tools { products, exact, attention, scratch };
+        self.forward(&pass, &batch.rows.tokens, (stream, kept), &mut tools, &mut losses);
+        let normed = &mut tools.scratch.hidden[0];
+        pass.norm(normed, &stream[self.layers.len()], &self.final_norm);
+        let mut logits = vec![0.0; batch.rows.num_rows() * self.head.rows];
+        Linear { cpu, products: tools.products, span: self.head }.forward(params, &mut logits, normed, None);
+        logits
+    }
+
+    /// Set `work` to the length of `batch`, with the angles of its positions.
+    fn begin<'w>(&self, batch: Batch<'_>, work: &'w mut Workspace) -> &'w mut Workspace {
+        assert_eq!(batch.rows.targets.len(), batch.rows.num_rows(), "targets");
+        assert_eq!(batch.rows.offsets.last(), Some(&batch.rows.num_rows()), "the last offset");
+        if let Some(forced) = batch.forced_experts {
+            let per_layer = |layer: &LayerPlaces| layer.experts.as_ref().map_or(0, |e| e.moe.experts_per_token());
+            let per_row: usize = self.layers.iter().map(per_layer).sum();
+            assert_eq!(forced.len(), batch.rows.num_rows() * per_row, "forced experts");
+        }
+        work.resize(&self.config, batch.rows.num_rows());
+        rope_angles(&mut work.cos, &mut work.sin, &batch.rows.positions(), &self.inverse_frequencies);
+        work
+    }
+
+    /// Forward through all layers; what backward needs goes to `kept`, as far as there is one for each layer.
+    fn forward(
+        &self,
+        pass: &Pass<'_>,
+        tokens: &[u32],
+        (stream, kept): (&mut [Vec<f32>], &mut [Kept]),
+        tools: &mut Tools<'_>,
+        losses: &mut Losses,
+    ) {
+        let table = Elements::F32(&pass.params[self.embedding.range()]);
+        embed(pass.cpu, &mut stream[0], Matrix::new(table, self.embedding.rows, self.embedding.cols), tokens);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let kept = &mut kept[index.min(kept.len() - 1)];
+            let (inputs, outputs) = stream.split_at_mut(index + 1);
+            pass.layer(layer, index, (&inputs[index], &mut outputs[0]), kept, tools);
+            if let Some(experts) = &layer.experts {
+                let layer_losses = pass.routing_losses(&experts.moe, &kept.routed);
+                losses.routing.aux += layer_losses.aux;
+                losses.routing.z += layer_losses.z;
+                let dispatch = kept.routed.dispatch.as_ref().expect("routed");
+                losses.expert_load.push(dispatch.rows_per_expert().map(|rows| rows as u64).collect());
+            }
+        }
+    }
+
+    /// The sum of the cross-entropy over all rows; `stream`, the residual stream after the last layer, becomes its gradient.
+    /// Logits are computed, lost and multiplied back for some rows at a time.
+    fn head(
+        &self,
+        pass: &Pass<'_>,
+        stream: &mut [f32],
+        targets: &[u32],
+        tools: &mut Tools<'_>,
+        grads: &mut Gradients<'_>,
+    ) -> f64 {
+        let Scratch { hidden: [normed, d_normed, _], logits, losses, partials, .. } = &mut *tools.scratch;
+        let (hidden, num_rows) = (self.config.hidden_size, targets.len());
+        pass.norm(normed, stream, &self.final_norm);
+        let rows_at_once = logit_rows(&self.config, num_rows);
+        let mut head_grads = Gradients { numbers: &mut *grads.numbers, store: grads.store };
+        for start in (0..num_rows).step_by(rows_at_once.max(1)) {
+            let rows = start..num_rows.min(start + rows_at_once);
+            let x = &normed[rows.start * hidden..rows.end * hidden];
+            let logits = &mut logits[..rows.len() * self.head.rows];
+            let (cpu, products, span) = (pass.cpu, &mut *tools.products, self.head);
+            Linear { cpu, products, span }.forward(pass.params, logits, x, None);
+            cross_entropy(
+                pass.cpu,
+                logits,
+                &targets[rows.clone()],
+                pass.scales.cross_entropy,
+                &mut losses[rows.clone()],
+            );
+            Linear { cpu, products, span }.backward_weight(&mut head_grads, logits, x);
+            head_grads.store = Store::Add;
+            let dx = &mut d_normed[rows.start * hidden..rows.end * hidden];
+            Linear { cpu, products, span }.backward_input(pass.params, dx, logits, Store::Set);
+        }
+        let x = &mut *normed;
+        x.copy_from_slice(stream);
+        pass.norm_backward((stream, Store::Set), (d_normed, x), &self.final_norm, partials, grads);
+        losses.iter().map(|&loss| f64::from(loss)).sum()
+    }
+}
+
+impl Pass<'_> {
+    fn layer(
+        &self,
+        layer: &LayerPlaces,
+        index: usize,
+        (input, output): (&[f32], &mut [f32]),
+        kept: &mut Kept,
+        tools: &mut Tools<'_>,
+    ) {
+        self.attention(&layer.spans, input, kept, tools);
+        self.mlp(layer, index, output, kept, tools);
+    }
+}

@@ -1,0 +1,102 @@
+//! Where the weights of each layer lie in the flat vectors, and products with them.
+
+use std::ops::Range;
+
+use moge_kernels::{Cpu, ExpertWeights, ProductRows, Products, Store};
+use moge_model::{ModelConfig, Network, TensorSource, WeightRole};
+
+/// The network whose tensors are places in a flat vector, as [`crate::Layout`] orders them.
+pub(super) type Spans = Network<MatrixSpan, Range<usize>>;
+
+/// A matrix `[rows, cols]` from `start` on.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MatrixSpan {
+    pub(super) start: usize,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+}
+
+/// The places of the tensors of the network that `config` describes.
+pub(super) fn spans(config: &ModelConfig) -> Spans {
+    Network::build(config, &mut Places { len: 0 })
+}
+
+struct Places {
+    len: usize,
+}
+
+impl Places {
+    fn take(&mut self, len: usize) -> usize {
+        self.len += len;
+        self.len - len
+    }
+}
+
+impl TensorSource for Places {
+    type Matrix = MatrixSpan;
+    type Vector = Range<usize>;
+
+    fn matrix(&mut self, _: String, _: WeightRole, rows: usize, cols: usize) -> MatrixSpan {
+        MatrixSpan { start: self.take(rows * cols), rows, cols }
+    }
+
+    fn halves(&mut self, name: String, role: WeightRole, rows: usize, cols: usize) -> [MatrixSpan; 2] {
+        [self.matrix(name.clone(), role, rows, cols), self.matrix(name, role, rows, cols)]
+    }
+
+    fn vector(&mut self, _: String, shape: &[usize]) -> Range<usize> {
+        let len = shape.iter().product();
+        let start = self.take(len);
+        start..start + len
+    }
+}
+
+impl MatrixSpan {
+    /// Two matrices of one width of which the second follows the first, as one.
+    pub(super) fn joined([first, second]: [MatrixSpan; 2]) -> MatrixSpan {
+        assert_eq!(second.start, first.start + first.rows * first.cols, "the matrices do not follow one another");
+        MatrixSpan { rows: first.rows + second.rows, ..first }
+    }
+
+    pub(super) fn range(self) -> Range<usize> {
+        self.start..self.start + self.rows * self.cols
+    }
+}
+
+/// A product's threads and memory, and the matrix that it is with.
+pub(super) struct Linear<'a> {
+    pub(super) cpu: &'a Cpu,
+    pub(super) products: &'a mut Products,
+    pub(super) span: MatrixSpan,
+}
+
+impl Linear<'_> {
+    /// `out = x w^T + bias`; `params` are all parameters.
+    pub(super) fn forward(self, params: &[f32], out: &mut [f32], x: &[f32], bias: Option<&[f32]>) {
+        let MatrixSpan { start, rows, cols } = self.span;
+        let weights = ExpertWeights { offsets: &[0, out.len() / rows], starts: &[start], rows, cols };
+        self.products.forward(self.cpu, out, ProductRows::new(x, cols), (params, weights), bias);
+    }
+
+    /// `dx (=|+=) dy w`.
+    pub(super) fn backward_input(self, params: &[f32], dx: &mut [f32], dy: &[f32], store: Store) {
+        let MatrixSpan { start, rows, cols } = self.span;
+        let weights = ExpertWeights { offsets: &[0, dx.len() / cols], starts: &[start], rows, cols };
+        self.products.backward_input(self.cpu, dx, ProductRows::new(dy, rows), (params, weights), store);
+    }
+
+    /// `dw (=|+=) dy^T x`.
+    pub(super) fn backward_weight(self, grads: &mut Gradients<'_>, dy: &[f32], x: &[f32]) {
+        let MatrixSpan { start, rows, cols } = self.span;
+        let weights = ExpertWeights { offsets: &[0, x.len() / cols], starts: &[start], rows, cols };
+        let (dy, x) = (ProductRows::new(dy, rows), ProductRows::new(x, cols));
+        self.products.backward_weight(self.cpu, (grads.numbers, weights), dy, x, grads.store);
+    }
+}
+
+/// The gradients of all parameters.
+pub(super) struct Gradients<'a> {
+    pub(super) numbers: &'a mut [f32],
+    /// What a pass does with those that other batches of the same step left.
+    pub(super) store: Store,
+}
