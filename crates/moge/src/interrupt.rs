@@ -1,4 +1,5 @@
-//! Ctrl-C: stops an answer while there is one, else the program, which then leaves nothing behind.
+//! Ctrl-C: stops an answer, or work that can be gone on with, while there is one, else the program, which then leaves
+//! nothing behind.
 
 use std::path::{Path, PathBuf};
 use std::process::exit;
@@ -23,6 +24,8 @@ pub(crate) struct Interrupt(Arc<State>);
 struct State {
     answering: AtomicBool,
     requested: AtomicBool,
+    /// A second Ctrl-C ends the program.
+    is_second_final: AtomicBool,
     temporary_folder: Mutex<Option<PathBuf>>,
 }
 
@@ -37,9 +40,9 @@ impl Interrupt {
         let interrupt = Interrupt::new();
         let state = Arc::clone(&interrupt.0);
         ctrlc::set_handler(move || {
-            if state.answering.load(Ordering::SeqCst) {
-                state.requested.store(true, Ordering::SeqCst);
-            } else {
+            let is_second =
+                state.requested.swap(true, Ordering::SeqCst) && state.is_second_final.load(Ordering::SeqCst);
+            if is_second || !state.answering.load(Ordering::SeqCst) {
                 state.leave();
             }
         })
@@ -65,7 +68,14 @@ impl Interrupt {
         Guard(Arc::clone(&self.0))
     }
 
-    /// True if the answer is to stop.
+    /// As [`Interrupt::answering`], for work that takes a while to stop: whoever cannot wait presses Ctrl-C again, which ends
+    /// the program at once.
+    pub(crate) fn working(&self) -> impl Drop + use<> {
+        self.0.is_second_final.store(true, Ordering::SeqCst);
+        self.answering()
+    }
+
+    /// True if the answer or the work is to stop.
     pub(crate) fn requested(&self) -> bool {
         self.0.requested.load(Ordering::SeqCst)
     }

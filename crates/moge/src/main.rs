@@ -47,6 +47,7 @@ enum Command {
     Synth(Box<cmd::synth::SynthArgs>),
     Quantize(cmd::quantize::QuantizeArgs),
     Perplexity(Box<cmd::perplexity::PerplexityArgs>),
+    Train(cmd::train::TrainArgs),
     /// Print a completion script for a shell
     Completions {
         /// Which shell
@@ -83,6 +84,7 @@ fn main() -> ExitCode {
         Command::Synth(args) => cmd::synth::run(&args),
         Command::Quantize(args) => cmd::quantize::run(&args),
         Command::Perplexity(args) => cmd::perplexity::run(&args),
+        Command::Train(args) => cmd::train::run(&args),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "moge", &mut script);

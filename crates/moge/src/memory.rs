@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use indicatif::DecimalBytes;
+use moge_train::TrainMemory;
 
 /// What a run will hold in memory. A config may ask for more than 64 bits can count; sums stop there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +60,21 @@ impl fmt::Display for MemoryPlan {
     }
 }
 
+/// Refuse a training that does not fit into `available_bytes`.
+pub(crate) fn check_training(plan: TrainMemory, available_bytes: u64) -> Result<()> {
+    if plan.total_bytes() <= available_bytes {
+        return Ok(());
+    }
+    let [total, state, activations, scratch, available] =
+        [plan.total_bytes(), plan.state_bytes, plan.activation_bytes, plan.scratch_bytes, available_bytes]
+            .map(DecimalBytes);
+    bail!(
+        "not enough memory: {total} (parameters, gradients and moments {state} + activations {activations} + scratch \
+         {scratch}) needed, {available} available; fewer compute.micro_batch_tokens or compute.recompute = true need less \
+         for activations"
+    )
+}
+
 /// Memory that can be had without swapping, within the limits of the control groups we are in. `None` where the system
 /// does not tell.
 pub(crate) fn available_bytes() -> Option<u64> {
@@ -104,6 +120,15 @@ mod tests {
         assert_eq!(plan.left_bytes(15_100_000_000, false), 30_000_000);
         assert_eq!(plan.left_bytes(15_100_000_000, true), 12_030_000_000);
         plan.check(2_000_000_000, true).unwrap_err();
+    }
+
+    #[test]
+    fn a_training_that_does_not_fit_says_what_would_need_less() {
+        let plan = TrainMemory { state_bytes: 16_000_000, activation_bytes: 3_000_000, scratch_bytes: 500_000 };
+        check_training(plan, 19_500_000).unwrap();
+        let error = check_training(plan, 19_000_000).unwrap_err().to_string();
+        assert!(error.contains("19.50 MB") && error.contains("activations 3.00 MB"), "{error}");
+        assert!(error.contains("compute.recompute"), "{error}");
     }
 
     #[test]

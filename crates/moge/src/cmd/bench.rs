@@ -6,6 +6,7 @@ mod measure;
 mod random;
 mod report;
 mod serve;
+mod train;
 mod work;
 
 use std::fmt::Debug;
@@ -21,6 +22,7 @@ use self::case::{Case, Numbers, RandomTokens};
 use self::measure::{Bench, Effort};
 use self::report::{Report, StartReport};
 use self::serve::ServeBenchArgs;
+use self::train::TrainBenchArgs;
 use crate::frontend::{Frontend, ModelArgs};
 use crate::interrupt::Interrupt;
 use crate::output::print_line;
@@ -78,6 +80,7 @@ pub(crate) struct BenchArgs {
 #[derive(Debug, Subcommand)]
 enum BenchCommand {
     Serve(Box<ServeBenchArgs>),
+    Train(Box<TrainBenchArgs>),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -96,6 +99,7 @@ fn in_range(least: u64, most: u64) -> RangedU64ValueParser<usize> {
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     match &args.command {
         Some(BenchCommand::Serve(serve)) => serve::run(serve),
+        Some(BenchCommand::Train(train)) => train::run(train),
         None => run_model(args),
     }
 }

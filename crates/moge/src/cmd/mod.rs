@@ -9,3 +9,4 @@ pub(crate) mod quantize;
 pub(crate) mod serve;
 pub(crate) mod synth;
 pub(crate) mod tokenize;
+pub(crate) mod train;
