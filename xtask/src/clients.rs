@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::chores::{Outcome, Tally};
 use crate::command::{output_of, require_program, run_visibly};
+use crate::venv::{self, once};
 use crate::{cargo, root};
 
 /// Where Debian puts Chromium.
@@ -44,15 +45,9 @@ pub(crate) fn run() -> Result<Outcome> {
 /// A virtual environment with what `requirements.txt` lists.
 fn install_python(root: &Path, tools: &Path) -> Result<()> {
     require_program("python3", "the clients need Python 3.11 or newer, with its module `venv`")?;
-    let requirements = root.join("clients/python/requirements.txt");
-    once(&requirements, &tools.join("venv.stamp"), || {
-        let venv = tools.join("venv");
-        run_visibly("make a virtual environment", Command::new("python3").args(["-m", "venv", "--clear"]).arg(&venv))?;
-        let mut pip = Command::new(venv.join("bin/python"));
-        // The list is complete, so that there is nothing to resolve.
-        pip.args(["-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--disable-pip-version-check"]);
-        run_visibly("install the Python clients", pip.arg("--requirement").arg(&requirements))
-    })
+    // The list is complete, so that there is nothing to resolve.
+    venv::install(&root.join("clients/python/requirements.txt"), &tools.join("venv"), &["--no-deps"])?;
+    Ok(())
 }
 
 /// The packages of the page's test, and Chromium where we may install it.
@@ -74,39 +69,4 @@ fn install_browser(root: &Path, tools: &Path) -> Result<()> {
     let mut apt = Command::new("apt-get");
     apt.args(["install", "-y", "-qq", "--no-install-recommends", "chromium"]).env("DEBIAN_FRONTEND", "noninteractive");
     run_visibly("install Chromium", &mut apt)
-}
-
-/// Do `work` unless it was done for this very `list`, of which `stamp` is a copy.
-fn once(list: &Path, stamp: &Path, work: impl FnOnce() -> Result<()>) -> Result<()> {
-    let wanted = fs::read(list).with_context(|| format!("cannot read {}", list.display()))?;
-    if fs::read(stamp).is_ok_and(|done| done == wanted) {
-        return Ok(());
-    }
-    work()?;
-    fs::write(stamp, wanted).with_context(|| format!("cannot write {}", stamp.display()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_a_list_asks_for_is_done_once_and_again_when_the_list_changes() {
-        let folder = env::temp_dir().join(format!("moge-xtask-once-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
-        let (list, stamp) = (folder.join("list"), folder.join("stamp"));
-        let mut num_times = 0;
-        for (text, expected) in [("one", 1), ("one", 1), ("two", 2)] {
-            fs::write(&list, text).unwrap();
-            let failed = once(&list, &stamp, || bail!("no network"));
-            assert_eq!(failed.is_err(), num_times < expected, "{text}: what failed counts as not done");
-            once(&list, &stamp, || {
-                num_times += 1;
-                Ok(())
-            })
-            .unwrap();
-            assert_eq!(num_times, expected);
-        }
-        fs::remove_dir_all(&folder).unwrap();
-    }
 }

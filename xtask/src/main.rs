@@ -6,6 +6,8 @@ mod clients;
 mod command;
 mod peers;
 mod picture;
+mod train;
+mod venv;
 
 use std::env;
 use std::path::{Path, PathBuf};

@@ -139,7 +139,7 @@ impl Bench {
 }
 
 /// The release build of the program.
-fn build_moge() -> Result<PathBuf> {
+pub(crate) fn build_moge() -> Result<PathBuf> {
     let mut build = cargo();
     run_visibly("build moge", build.args(["build", "--release", "--package", "moge"]))?;
     // Cargo's own `target`, wherever the user has put it, is where we are ourselves: in `debug` there.
