@@ -44,7 +44,7 @@ pub fn route_token(isa: Isa, config: &MoeConfig, logits: &mut [f32], router_scal
 }
 
 /// The rows of a step sorted by expert, so that each expert's weights are read once. Reused from step to step.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Dispatch {
     /// Dispatched rows of expert `e` are `offsets[e]..offsets[e + 1]`; `[num_experts + 1]`.
     pub offsets: Vec<usize>,

@@ -21,7 +21,7 @@ use moge_kernels::{
     Cpu, Elements, Matrix, PieceAttentionScratch, Products, RopeAngles, Store, cross_entropy, embed, embed_backward,
     rope_angles, rope_inverse_frequencies,
 };
-use moge_model::{ExpertId, Layer, LayerMlp, ModelConfig, MoeConfig, Swiglu};
+use moge_model::{ExpertId, Layer, LayerMlp, MlpConfig, ModelConfig, MoeConfig, Swiglu};
 
 use crate::batch::TokenBatch;
 pub use routing::RoutingLosses;
@@ -113,7 +113,7 @@ struct Tools<'a> {
 impl LayerPlaces {
     fn new(config: &ModelConfig, spans: Layer<MatrixSpan, Range<usize>>) -> LayerPlaces {
         let experts = match (&spans.mlp, &config.mlp) {
-            (LayerMlp::GroupedExperts(experts), moge_model::MlpConfig::GroupedExperts(moe)) => Some(ExpertPlaces {
+            (LayerMlp::GroupedExperts(experts), MlpConfig::GroupedExperts(moe)) => Some(ExpertPlaces {
                 moe: *moe,
                 router: experts.router,
                 router_scale: experts.router_scale.clone(),
@@ -269,7 +269,7 @@ impl TrainNetwork {
                 let layer_losses = pass.routing_losses(&experts.moe, &kept.routed);
                 losses.routing.aux += layer_losses.aux;
                 losses.routing.z += layer_losses.z;
-                let dispatch = kept.routed.dispatch.as_ref().expect("routed");
+                let dispatch = &kept.routed.dispatch;
                 losses.expert_load.push(dispatch.rows_per_expert().map(|rows| rows as u64).collect());
             }
         }

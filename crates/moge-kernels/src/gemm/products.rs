@@ -14,7 +14,7 @@ use super::panel::{
 };
 use crate::cpu::{Cpu, SharedMut};
 use crate::elements::{ActivationType, Store};
-use crate::simd::{Simd, SimdOp, map};
+use crate::simd::{Aligned, Simd, SimdOp, map};
 
 /// Most output rows of a part: each panel that is packed serves so many.
 const PART_ROWS: usize = 1008;
@@ -94,14 +94,9 @@ impl ExpertWeights<'_> {
 #[derive(Debug)]
 pub struct Products {
     activation: ActivationType,
-    /// One for each worker.
-    scratch: Vec<Vec<Line>>,
+    /// One for each worker, in cache lines, so that registers do not straddle two.
+    scratch: Vec<Vec<Aligned<[f32; LINE_LEN]>>>,
 }
-
-/// A cache line, so that registers do not straddle two.
-#[derive(Clone, Copy, Debug)]
-#[repr(align(64))]
-struct Line(#[expect(dead_code, reason = "read through pointers")] [f32; LINE_LEN]);
 
 /// Lines of a worker's panels and tiles.
 const PANELS_LINES: usize = (MAX_PIECE_LEN * PART_COLS + PACK_SLACK).div_ceil(LINE_LEN);
@@ -110,7 +105,7 @@ const TILES_LINES: usize = (MAX_PIECE_LEN * BLOCK_ROWS + PACK_SLACK).div_ceil(LI
 impl Products {
     /// Products on the threads of `cpu`. With bf16 both factors are rounded to it; sums stay f32.
     pub fn new(cpu: &Cpu, activation: ActivationType) -> Products {
-        let scratch = vec![Line([0.0; LINE_LEN]); PANELS_LINES + TILES_LINES];
+        let scratch = vec![Aligned([0.0; LINE_LEN]); PANELS_LINES + TILES_LINES];
         Products { activation, scratch: vec![scratch; cpu.num_threads()] }
     }
 

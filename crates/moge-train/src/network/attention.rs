@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use moge_kernels::{
-    ActivationType, AttentionKept, PieceAttention, RmsNormBackward, RmsNormParams, RopeHead, Store, add,
+    ActivationType, AttentionKept, PieceAttention, Products, RmsNormBackward, RmsNormParams, RopeHead, Store, add,
     attention_backward, attention_forward, column_sums, rms_norm, rms_norm_backward, rope, rope_backward,
 };
 use moge_model::{Layer, RopeConfig};
@@ -115,7 +115,7 @@ impl Pass<'_> {
     /// Gradients of a projection's weight and bias.
     fn project_backward(
         &self,
-        products: &mut moge_kernels::Products,
+        products: &mut Products,
         linear: &LinearSpans,
         dy: &[f32],
         x: &[f32],

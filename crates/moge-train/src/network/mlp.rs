@@ -1,6 +1,6 @@
 //! The MLP half of a layer: one dense MLP, or grouped experts and a shared one; forward and backward.
 
-use moge_kernels::{ExpertWeights, ProductRows, Store, add, combine, swiglu_backward, swiglu_rows};
+use moge_kernels::{ExpertWeights, ProductRows, RowWeights, Store, add, combine, swiglu_backward, swiglu_rows};
 use moge_model::{Dispatch, MoeConfig, Swiglu};
 
 use super::spans::{Gradients, Linear, MatrixSpan};
@@ -47,7 +47,7 @@ impl Pass<'_> {
     ) {
         let mut shared = std::mem::take(&mut tools.scratch.hidden[0]);
         self.swiglu(tools, layer.dense(), (&mut shared, x), gate_up);
-        let dispatch = routed.dispatch.as_ref().expect("routed before");
+        let dispatch = &routed.dispatch;
         let Scratch { inner, expert_rows, .. } = &mut *tools.scratch;
         let inner = &mut inner[..dispatch.source_rows.len() * experts.moe.expert_intermediate_size];
         let (into, out_of) = experts.weights(dispatch);
@@ -98,7 +98,7 @@ impl Pass<'_> {
         if let Some(experts) = &layer.experts {
             self.experts_backward(experts, d_out, (mlp_normed, routed), tools, grads);
             self.route_backward(experts, (&mut d_router, mlp_normed), routed, tools, grads);
-            let dispatch = routed.dispatch.as_ref().expect("routed in forward");
+            let dispatch = &routed.dispatch;
             let Scratch { expert_rows, ones, .. } = &mut *tools.scratch;
             combine(self.cpu, &mut d_normed, expert_rows, &dispatch.slots, ones, &d_router);
         }
@@ -135,14 +135,14 @@ impl Pass<'_> {
         tools: &mut Tools<'_>,
         grads: &mut Gradients<'_>,
     ) {
-        let dispatch = routed.dispatch.as_ref().expect("routed in forward");
+        let dispatch = &routed.dispatch;
         let Scratch { inner, expert_rows, d_weights, .. } = &mut *tools.scratch;
         let inner = &mut inner[..dispatch.source_rows.len() * experts.moe.expert_intermediate_size];
         let (into, out_of) = experts.weights(dispatch);
         let gathered = |numbers| ProductRows { numbers, width: into.cols, source_rows: Some(&dispatch.source_rows) };
         let products = &mut *tools.products;
         products.backward_input(self.cpu, inner, gathered(d_out), (self.params, out_of), Store::Set);
-        let weights = moge_kernels::RowWeights { weights: &dispatch.row_weights, dweights: d_weights };
+        let weights = RowWeights { weights: &dispatch.row_weights, dweights: d_weights };
         swiglu_backward(self.cpu, &mut routed.gate_up, inner, out_of.cols, Some(weights));
         let inner = ProductRows::new(inner, out_of.cols);
         products.backward_weight(self.cpu, (grads.numbers, out_of), gathered(d_out), inner, grads.store);

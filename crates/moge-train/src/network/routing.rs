@@ -43,7 +43,7 @@ impl Pass<'_> {
                 take_forced(&forced[row * per_token..(row + 1) * per_token], probs, scale, routes);
             }
         }
-        dispatch.as_mut().expect("made with the layer").sort(moe, routes);
+        dispatch.sort(moe, routes);
     }
 
     /// The losses of one layer's router.
@@ -69,7 +69,7 @@ impl Pass<'_> {
     ) {
         let moe = &experts.moe;
         let scale = &self.params[experts.router_scale.clone()];
-        let dispatch = routed.dispatch.as_ref().expect("routed in forward");
+        let dispatch = &routed.dispatch;
         let num_rows = routed.log_sums.len() as f32;
         let aux = load_factors(moe, routed).map(|f| self.scales.aux * f as f32 / num_rows).collect::<Vec<f32>>();
         let mut d_scale = vec![0.0f64; moe.num_experts];
@@ -101,7 +101,7 @@ impl Pass<'_> {
 
 /// `f_i` of each expert, see [`RoutingLosses::aux`].
 fn load_factors<'a>(moe: &'a MoeConfig, routed: &'a Routed) -> impl Iterator<Item = f64> + 'a {
-    let dispatch = routed.dispatch.as_ref().expect("routed in forward");
+    let dispatch = &routed.dispatch;
     let factor = moe.num_experts as f64 / routed.routes.len() as f64;
     dispatch.rows_per_expert().map(move |num_rows| factor * num_rows as f64)
 }

@@ -49,7 +49,7 @@ pub(super) struct Routed {
     /// The choices, `[num_rows, experts_per_token]`.
     pub(super) routes: Vec<Route>,
     /// The same sorted by expert.
-    pub(super) dispatch: Option<Dispatch>,
+    pub(super) dispatch: Dispatch,
     /// Gates and ups of dispatched rows, `[num_dispatched, 2 * inner width]`; gradients after backward.
     pub(super) gate_up: Vec<f32>,
 }
@@ -222,9 +222,7 @@ impl Routed {
     /// Make room for the choices of `num_rows`.
     fn resize(&mut self, config: &ModelConfig, num_rows: usize) {
         if let MlpConfig::GroupedExperts(moe) = &config.mlp {
-            let num_dispatched = num_rows * moe.experts_per_token();
-            self.routes.resize(num_dispatched, Route { expert: ExpertId(0), weight: 0.0 });
-            self.dispatch.get_or_insert_with(|| Dispatch::with_capacity(num_dispatched, moe.num_experts));
+            self.routes.resize(num_rows * moe.experts_per_token(), Route { expert: ExpertId(0), weight: 0.0 });
         }
     }
 }
