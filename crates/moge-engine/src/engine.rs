@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use moge_model::{
-    ActivationType, BLOCK_SIZE, Cpu, ExpertId, KvCache, KvType, Model, ModelConfig, StepLimits, TokenId, Tokenizer,
+    BLOCK_SIZE, Cpu, ExpertId, KvCache, KvType, Model, ModelConfig, Precision, StepLimits, TokenId, Tokenizer,
     Workspace,
 };
 
@@ -20,7 +20,7 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineConfig {
     /// Precision of activations.
-    pub activation: ActivationType,
+    pub activation: Precision,
     /// How the KV cache stores its numbers.
     pub kv: KvType,
     /// Blocks of the KV cache, of [`moge_model::BLOCK_SIZE`] tokens each.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use moge_engine::{Engine, EngineConfig, FinishReason, GrammarCompiler, Request, RowLogprobs, SamplingParams, SeqId};
-use moge_model::{ActivationType, BLOCK_SIZE, Cpu, Isa, KvType, LoadMode, Model, TokenId, Tokenizer};
+use moge_model::{BLOCK_SIZE, Cpu, Isa, KvType, LoadMode, Model, Precision, TokenId, Tokenizer};
 
 const CASE: &str = "pangu-pro-moe-v1";
 
@@ -22,7 +22,7 @@ fn tokenizer() -> Arc<Tokenizer> {
 fn engine(num_threads: usize, max_batched_tokens: usize, num_blocks: usize) -> Engine {
     let model = Model::load(&golden(CASE), LoadMode::Mmap, &|_, _| ()).unwrap();
     let config = EngineConfig {
-        activation: ActivationType::F32,
+        activation: Precision::F32,
         kv: KvType::F32,
         num_blocks,
         max_sequence_tokens: 400,

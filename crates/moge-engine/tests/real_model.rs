@@ -7,7 +7,7 @@ use moge_engine::{
     AdmitError, Engine, EngineConfig, EngineStats, FinishReason, Request, RowLogprobs, SamplingParams, SeqId,
 };
 use moge_model::{
-    ActivationType, BLOCK_SIZE, Batch, BlockId, Cpu, Isa, KvCache, KvType, LoadMode, Model, SequenceRows, StepLimits,
+    BLOCK_SIZE, Batch, BlockId, Cpu, Isa, KvCache, KvType, LoadMode, Model, Precision, SequenceRows, StepLimits,
     TokenId, Workspace,
 };
 use safetensors::SafeTensors;
@@ -31,7 +31,7 @@ fn engine(case: &str, num_threads: usize, max_batched_tokens: usize) -> Engine {
 fn engine_with_blocks(case: &str, num_blocks: usize, num_threads: usize, max_batched_tokens: usize) -> Engine {
     let model = Model::load(&golden(case), LoadMode::Mmap, &|_, _| ()).unwrap();
     let config = EngineConfig {
-        activation: ActivationType::F32,
+        activation: Precision::F32,
         kv: KvType::F32,
         num_blocks,
         max_sequence_tokens: usize::MAX,
@@ -225,7 +225,7 @@ fn traced_expert_ids(case: &str, tokens: &[TokenId], experts_per_token: usize, e
     let num_rows = tokens.len();
     let num_blocks = num_rows.div_ceil(BLOCK_SIZE);
     let limits = StepLimits { max_rows: num_rows, max_logit_rows: 0, max_context: num_rows, num_threads: 1 };
-    let mut work = Workspace::new(model.config(), ActivationType::F32, limits);
+    let mut work = Workspace::new(model.config(), Precision::F32, limits);
     work.record_trace();
     let block_table = (0..num_blocks as u32).map(BlockId).collect();
     let batch = Batch {

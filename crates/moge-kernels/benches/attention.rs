@@ -11,8 +11,8 @@ use std::time::Instant;
 
 use common::{cpu_of_arguments, report, seconds};
 use moge_kernels::{
-    ActivationType, AttentionLimits, AttentionRows, AttentionScratch, BlockId, Cpu, KvType, MemoryRead, PagedKv,
-    QkvParams, RopeAngles, RopeHead, RopeLayout, SequenceRows, f32_flops_per_s, paged_attention, write_qkv,
+    AttentionLimits, AttentionRows, AttentionScratch, BlockId, Cpu, KvType, MemoryRead, PagedKv, Precision, QkvParams,
+    RopeAngles, RopeHead, RopeLayout, SequenceRows, f32_flops_per_s, paged_attention, write_qkv,
 };
 
 /// Heads of Pangu Pro MoE.
@@ -135,7 +135,7 @@ impl Layer {
             eps: 1e-5,
             angles: RopeAngles { cos: &cos, sin: &sin },
             rope: RopeHead { head_dim: HEAD_DIM, rotary_dim: HEAD_DIM, layout: RopeLayout::RotateHalf },
-            activation: ActivationType::Bf16,
+            activation: Precision::Bf16,
         };
         let Layer { kv, scratch, q, k, v, .. } = self;
         write_qkv(cpu, [q, k, v], params, kv, &sequences, scratch);
@@ -144,7 +144,7 @@ impl Layer {
     fn attend(&mut self, cpu: &Cpu, first_position: usize, num_rows: usize) {
         let sequences = [self.rows(first_position, num_rows)];
         let len = num_rows * NUM_Q_HEADS * HEAD_DIM;
-        let rows = AttentionRows { q: &self.q[..len], sequences: &sequences, activation: ActivationType::Bf16 };
+        let rows = AttentionRows { q: &self.q[..len], sequences: &sequences, activation: Precision::Bf16 };
         paged_attention(cpu, &mut self.out[..len], rows, &self.kv, &mut self.scratch);
     }
 }

@@ -6,7 +6,7 @@
 mod common;
 
 use common::{cpu_of_arguments, report, seconds};
-use moge_kernels::{ActivationType, Cpu, ExpertWeights, ProductRows, Products, Store, f32_flops_per_s};
+use moge_kernels::{Cpu, ExpertWeights, Precision, ProductRows, Products, Store, f32_flops_per_s};
 
 /// A product: name, number of experts, rows in all, output and input width.
 const CASES: [(&str, [usize; 4]); 9] = [
@@ -24,13 +24,13 @@ const CASES: [(&str, [usize; 4]); 9] = [
 fn main() {
     let cpu = cpu_of_arguments();
     for (name, sizes) in CASES {
-        for activation in [ActivationType::F32, ActivationType::Bf16] {
+        for activation in [Precision::F32, Precision::Bf16] {
             measure(&cpu, name, sizes, activation);
         }
     }
 }
 
-fn measure(cpu: &Cpu, name: &str, [num_experts, num_rows, rows, cols]: [usize; 4], activation: ActivationType) {
+fn measure(cpu: &Cpu, name: &str, [num_experts, num_rows, rows, cols]: [usize; 4], activation: Precision) {
     let filter = std::env::args().filter(|argument| argument != "--bench").nth(3).unwrap_or_default();
     let label = |pass: &str| format!("{name}/{pass}_{activation:?}/{}/t{}", cpu.isa().name(), cpu.num_threads());
     let is_wanted = |pass: &str| label(pass).contains(&filter);

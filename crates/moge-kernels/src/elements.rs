@@ -28,7 +28,7 @@ impl Dtype {
 
 /// Precision of activations and of the KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum ActivationType {
+pub enum Precision {
     /// Activations and KV stay f32.
     F32,
     /// What a matrix product or the KV cache reads is rounded to bf16 (nearest, ties to even); sums stay f32.

@@ -41,7 +41,7 @@ pub use ceilings::{Int8Product, MemoryRead, f32_flops_per_s, int8_ops_per_s};
 pub use combine::combine;
 pub use cpu::{Cpu, available_threads};
 pub use cross_entropy::{IGNORED_TARGET, cross_entropy};
-pub use elements::{ActivationType, Dtype, Elements, Matrix, Store, round_to_bf16};
+pub use elements::{Dtype, Elements, Matrix, Precision, Store, round_to_bf16};
 pub use embedding::{embed, embed_backward};
 pub use gemm::{ExpertWeights, GroupedRows, ProductRows, Products, gemm, grouped_gemm, grouped_swiglu};
 pub use isa::{Isa, UnknownIsa};

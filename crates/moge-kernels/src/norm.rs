@@ -1,7 +1,7 @@
 //! RMSNorm, and the elementwise work around it.
 
 use crate::cpu::Cpu;
-use crate::elements::{ActivationType, Store};
+use crate::elements::{Precision, Store};
 use crate::isa::Isa;
 use crate::simd::{Simd, SimdOp, update};
 use crate::sums::column_sums;
@@ -17,7 +17,7 @@ pub struct RmsNormParams<'a> {
     /// Added to the mean of the squares.
     pub eps: f32,
     /// Whether the result is rounded.
-    pub activation: ActivationType,
+    pub activation: Precision,
 }
 
 /// [`rms_norm`] of one row.
@@ -51,7 +51,7 @@ pub fn rms_norm(cpu: &Cpu, out: &mut [f32], x: &[f32], params: RmsNormParams<'_>
 ///
 /// # Panics
 /// If the length of `x` does not fit.
-pub fn rms_norm_in_place(cpu: &Cpu, x: &mut [f32], weight: &[f32], eps: f32, activation: ActivationType) {
+pub fn rms_norm_in_place(cpu: &Cpu, x: &mut [f32], weight: &[f32], eps: f32, activation: Precision) {
     let isa = cpu.isa();
     cpu.for_each_rows(x, weight.len(), |_, x| {
         for x in x.chunks_exact_mut(weight.len()) {
@@ -65,7 +65,7 @@ struct RmsNorm<'a> {
     x: &'a mut [f32],
     weight: &'a [f32],
     eps: f32,
-    activation: ActivationType,
+    activation: Precision,
 }
 
 impl SimdOp for RmsNorm<'_> {
@@ -79,7 +79,7 @@ impl SimdOp for RmsNorm<'_> {
 
 /// [`rms_norm`] of one row, in place.
 #[inline(always)]
-pub(crate) fn norm_row<S: Simd>(simd: S, x: &mut [f32], weight: &[f32], eps: f32, activation: ActivationType) {
+pub(crate) fn norm_row<S: Simd>(simd: S, x: &mut [f32], weight: &[f32], eps: f32, activation: Precision) {
     let mean = sum_of_squares(simd, x) / x.len() as f32;
     let scale = simd.splat(1.0 / (mean + eps).sqrt());
     let mut i = 0;
@@ -97,11 +97,11 @@ pub(crate) fn norm_row<S: Simd>(simd: S, x: &mut [f32], weight: &[f32], eps: f32
 
 /// `x * scale * weight`, rounded if `activation` says so.
 #[inline(always)]
-fn apply<S: Simd>(simd: S, x: S::Vector, scale: S::Vector, weight: S::Vector, activation: ActivationType) -> S::Vector {
+fn apply<S: Simd>(simd: S, x: S::Vector, scale: S::Vector, weight: S::Vector, activation: Precision) -> S::Vector {
     let y = simd.mul(simd.mul(x, scale), weight);
     match activation {
-        ActivationType::F32 => y,
-        ActivationType::Bf16 => simd.round_to_bf16(y),
+        Precision::F32 => y,
+        Precision::Bf16 => simd.round_to_bf16(y),
     }
 }
 

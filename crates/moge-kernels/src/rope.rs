@@ -1,7 +1,7 @@
 //! Rotary position embedding (arXiv 2104.09864).
 
 use crate::cpu::Cpu;
-use crate::elements::ActivationType;
+use crate::elements::Precision;
 use crate::simd::{Simd, SimdOp};
 
 /// Which numbers of a head turn together.
@@ -166,15 +166,9 @@ fn turn(x: &mut [f32], [cos, sin]: [&[f32]; 2], head: RopeHead, turned: impl Fn(
 ///
 /// Shapes: `x` `[head_dim]`, cosines and sines `[rotary_dim / 2]`.
 #[inline(always)]
-pub(crate) fn rope_head<S: Simd>(
-    simd: S,
-    x: &mut [f32],
-    angles: [&[f32]; 2],
-    head: RopeHead,
-    activation: ActivationType,
-) {
+pub(crate) fn rope_head<S: Simd>(simd: S, x: &mut [f32], angles: [&[f32]; 2], head: RopeHead, activation: Precision) {
     turn(x, angles, head, turned);
-    if activation == ActivationType::Bf16 {
+    if activation == Precision::Bf16 {
         crate::simd::map(
             simd,
             x,
@@ -191,7 +185,7 @@ mod tests {
     };
     use crate::simd::{Simd, SimdOp};
     use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu, finite_differences};
-    use crate::{ActivationType, Isa, round_to_bf16};
+    use crate::{Isa, Precision, round_to_bf16};
 
     #[test]
     fn inverse_frequencies_fall_from_one_by_equal_factors() {
@@ -246,9 +240,9 @@ mod tests {
             isa.run(Turn { x: &mut x, angles: [&cos, &sin], head, activation });
             x
         };
-        let x = turn(ActivationType::F32);
+        let x = turn(Precision::F32);
         assert_close(&x, &expected, 1e-6, 2e-7);
-        let rounded = turn(ActivationType::Bf16);
+        let rounded = turn(Precision::Bf16);
         assert!(rounded.iter().zip(&x).all(|(&rounded, &x)| rounded == round_to_bf16(x)));
     }
 
@@ -256,7 +250,7 @@ mod tests {
         x: &'a mut [f32],
         angles: [&'a [f32]; 2],
         head: RopeHead,
-        activation: ActivationType,
+        activation: Precision,
     }
 
     impl SimdOp for Turn<'_> {
@@ -295,7 +289,7 @@ mod tests {
                 for (i, x) in expected.chunks_exact_mut(head.head_dim).enumerate() {
                     let row = i / num_heads * half..(i / num_heads + 1) * half;
                     let angles = [&cos[row.clone()], &sin[row]];
-                    cpu.isa().run(Turn { x, angles, head, activation: ActivationType::F32 });
+                    cpu.isa().run(Turn { x, angles, head, activation: Precision::F32 });
                 }
                 assert_same_bits(&x, &expected);
             });

@@ -1,7 +1,7 @@
 //! The gated activation of an MLP.
 
 use crate::cpu::Cpu;
-use crate::elements::ActivationType;
+use crate::elements::Precision;
 use crate::exp::exp;
 use crate::isa::Isa;
 use crate::simd::{Simd, SimdOp, map2, update};
@@ -22,13 +22,13 @@ pub fn swiglu_rows(cpu: &Cpu, out: &mut [f32], gate_up: &[f32], inter: usize) {
         let gate_up = &gate_up[2 * inter * rows.start..2 * inter * rows.end];
         for (out, gate_up) in out.chunks_exact_mut(inter).zip(gate_up.chunks_exact(2 * inter)) {
             let (gate, up) = gate_up.split_at(inter);
-            swiglu(isa, out, gate, up, ActivationType::F32);
+            swiglu(isa, out, gate, up, Precision::F32);
         }
     });
 }
 
 /// `out = silu(gate) * up` with `silu(a) = a / (1 + exp(-a))`, rounded if `activation` says so; all of one length.
-pub(crate) fn swiglu(isa: Isa, out: &mut [f32], gate: &[f32], up: &[f32], activation: ActivationType) {
+pub(crate) fn swiglu(isa: Isa, out: &mut [f32], gate: &[f32], up: &[f32], activation: Precision) {
     assert!(gate.len() == out.len() && up.len() == out.len());
     isa.run(Swiglu { out, gate, up, activation });
 }
@@ -37,7 +37,7 @@ struct Swiglu<'a> {
     out: &'a mut [f32],
     gate: &'a [f32],
     up: &'a [f32],
-    activation: ActivationType,
+    activation: Precision,
 }
 
 impl SimdOp for Swiglu<'_> {
@@ -56,8 +56,8 @@ impl SimdOp for Swiglu<'_> {
                 let denominator = simd.add(one, exp(simd, simd.sub(simd.splat(0.0), gate)));
                 let product = simd.mul(simd.div(gate, denominator), up);
                 match self.activation {
-                    ActivationType::F32 => product,
-                    ActivationType::Bf16 => simd.round_to_bf16(product),
+                    Precision::F32 => product,
+                    Precision::Bf16 => simd.round_to_bf16(product),
                 }
             },
         );
@@ -154,7 +154,7 @@ impl SimdOp for SwigluBackward<'_> {
 mod tests {
     use super::{RowWeights, swiglu, swiglu_backward, swiglu_rows};
     use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu, finite_differences};
-    use crate::{ActivationType, Isa, round_to_bf16};
+    use crate::{Isa, Precision, round_to_bf16};
 
     #[test]
     fn swiglu_is_silu_of_gate_times_up_on_every_isa_and_awkward_length() {
@@ -169,10 +169,10 @@ mod tests {
                     .map(|(&gate, &up)| f64::from(gate) / (1.0 + (-f64::from(gate)).exp()) * f64::from(up))
                     .collect();
                 let mut out = vec![0.0; len];
-                swiglu(isa, &mut out, &gate, &up, ActivationType::F32);
+                swiglu(isa, &mut out, &gate, &up, Precision::F32);
                 assert_close(&out, &expected, 1e-6, 1e-7);
                 let mut rounded = vec![0.0; len];
-                swiglu(isa, &mut rounded, &gate, &up, ActivationType::Bf16);
+                swiglu(isa, &mut rounded, &gate, &up, Precision::Bf16);
                 assert!(rounded.iter().zip(&out).all(|(&rounded, &x)| rounded == round_to_bf16(x)));
             }
         }
@@ -182,7 +182,7 @@ mod tests {
     fn swiglu_of_extreme_gates_is_zero_or_the_gate_and_nan_stays() {
         for isa in Isa::available() {
             let mut out = [0.0; 4];
-            swiglu(isa, &mut out, &[-200.0, 200.0, f32::NAN, f32::INFINITY], &[2.0; 4], ActivationType::F32);
+            swiglu(isa, &mut out, &[-200.0, 200.0, f32::NAN, f32::INFINITY], &[2.0; 4], Precision::F32);
             assert_eq!((out[0], out[1], out[3]), (0.0, 400.0, f32::INFINITY));
             assert!(out[2].is_nan());
         }
@@ -197,7 +197,7 @@ mod tests {
                 swiglu_rows(&cpu, &mut out, &gate_up, inter);
                 for (out, gate_up) in out.chunks_exact(inter).zip(gate_up.chunks_exact(2 * inter)) {
                     let mut expected = vec![0.0; inter];
-                    swiglu(cpu.isa(), &mut expected, &gate_up[..inter], &gate_up[inter..], ActivationType::F32);
+                    swiglu(cpu.isa(), &mut expected, &gate_up[..inter], &gate_up[inter..], Precision::F32);
                     assert_same_bits(out, &expected);
                 }
             }

@@ -6,7 +6,7 @@ mod common;
 use common::Golden;
 use moge_model::synth::{SynthConfig, SynthMlp, write_checkpoint};
 use moge_model::{
-    ActivationType, Architecture, BLOCK_SIZE, Batch, BlockId, Cpu, Dtype, Isa, KvCache, KvType, Model, PackedFormat,
+    Architecture, BLOCK_SIZE, Batch, BlockId, Cpu, Dtype, Isa, KvCache, KvType, Model, PackedFormat, Precision,
     QuantScheme, SequenceRows, StepLimits, TokenId, Workspace,
 };
 
@@ -38,7 +38,7 @@ fn feeds(tokens: &[TokenId], num_others: usize, vocab_size: u32) -> Vec<Feed> {
 /// Logits of the first sequence at every position. In each step a sequence brings up to `chunk(step)` rows.
 fn run(
     model: &Model,
-    (activation, kv_type): (ActivationType, KvType),
+    (activation, kv_type): (Precision, KvType),
     num_threads: usize,
     mut feeds: Vec<Feed>,
     chunk: impl Fn(usize) -> usize,
@@ -90,11 +90,9 @@ fn logits_do_not_depend_on_batch_chunks_or_threads() {
         let golden = Golden::load(case);
         let (model, tokens) = (&golden.model, golden.tokens("tokens"));
         let vocab_size = model.config().vocab_size as u32;
-        for precision in [
-            (ActivationType::F32, KvType::F32),
-            (ActivationType::Bf16, KvType::Bf16),
-            (ActivationType::Bf16, KvType::Int8),
-        ] {
+        for precision in
+            [(Precision::F32, KvType::F32), (Precision::Bf16, KvType::Bf16), (Precision::Bf16, KvType::Int8)]
+        {
             let alone = run(model, precision, 1, feeds(&tokens, 0, vocab_size), |_| usize::MAX);
             assert_eq!(alone.len(), tokens.len() * model.config().vocab_size);
             let chunkings: [(&str, Chunking); 4] = [
@@ -147,7 +145,7 @@ fn quantised_weights_keep_to_the_same_rule_in_every_format() {
     for scheme in [w8a8, w4a8, mixed] {
         let cpu = Cpu::new(Isa::select().unwrap(), 2);
         let model = Model::load_quantizing(&path, &cpu, scheme, &|_, _| {}).unwrap();
-        for activation in [(ActivationType::F32, KvType::F32), (ActivationType::Bf16, KvType::Int8)] {
+        for activation in [(Precision::F32, KvType::F32), (Precision::Bf16, KvType::Int8)] {
             let alone = run(&model, activation, 1, feeds(&tokens, 0, 500), |_| usize::MAX);
             assert!(alone.iter().all(|x| x.is_finite()));
             let chunkings: [Chunking; 3] = [|_| 1, |_| 7, |step| [1, 13, 2, 33, 5][step % 5]];
@@ -168,7 +166,7 @@ fn a_context_of_several_attention_chunks_gives_the_same_bits_however_it_is_fed()
     let vocab_size = model.config().vocab_size as u32;
     let tokens: Vec<TokenId> = (0..700).map(|t| TokenId(t * 7 % vocab_size)).collect();
     for kv_type in [KvType::F32, KvType::Bf16, KvType::Int8] {
-        let precision = (ActivationType::F32, kv_type);
+        let precision = (Precision::F32, kv_type);
         let whole = run(model, precision, 1, feeds(&tokens, 0, vocab_size), |_| usize::MAX);
         let chunked = run(model, precision, 2, feeds(&tokens, 3, vocab_size), |_| 67);
         assert!(bits(&chunked) == bits(&whole), "{kv_type:?}: prefill in chunks of 67");

@@ -6,7 +6,7 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::{Golden, run_whole};
-use moge_model::{ActivationType, Checkpoint, CheckpointError, LoadMode, Model};
+use moge_model::{Checkpoint, CheckpointError, LoadMode, Model, Precision};
 use serde_json::{Value, json};
 
 fn golden(name: &str) -> PathBuf {
@@ -198,7 +198,7 @@ fn unaligned_tensors_give_the_same_logits_as_aligned_ones() {
         let moved = Model::load(dir.path(), LoadMode::Mmap, &|_, _| ()).unwrap();
         let golden = Golden::load(case);
         let [expected, found] =
-            [&golden.model, &moved].map(|model| run_whole(model, &golden.tokens("tokens"), ActivationType::F32).logits);
+            [&golden.model, &moved].map(|model| run_whole(model, &golden.tokens("tokens"), Precision::F32).logits);
         assert_eq!(found, expected, "{case}");
     }
 }

@@ -5,7 +5,7 @@ mod common;
 
 use common::{Golden, run_whole};
 use moge_model::{
-    ActivationType, BLOCK_SIZE, Batch, BlockId, Cpu, ExpertId, Isa, KvCache, KvType, Model, SequenceRows, StepLimits,
+    BLOCK_SIZE, Batch, BlockId, Cpu, ExpertId, Isa, KvCache, KvType, Model, Precision, SequenceRows, StepLimits,
     TokenId, Workspace,
 };
 
@@ -27,7 +27,7 @@ impl Steps<'_> {
         let mut kv_cache = KvCache::new(config, KvType::F32, num_blocks);
         let limits =
             StepLimits { max_rows: 7, max_logit_rows: 3, max_context: num_blocks * BLOCK_SIZE, num_threads: 2 };
-        let mut work = Workspace::new(config, ActivationType::F32, limits);
+        let mut work = Workspace::new(config, Precision::F32, limits);
         if self.with_trace {
             work.record_trace();
         }
@@ -61,7 +61,7 @@ fn rows_that_ask_get_their_experts_of_every_layer_whoever_wants_logits() {
     for (case, experts_per_token) in [("pangu-pro-moe-v1", 3), ("pangu-pro-moe-k2", 4)] {
         let golden = Golden::load(case);
         let (model, tokens) = (&golden.model, &golden.tokens("tokens")[..]);
-        let trace = run_whole(model, tokens, ActivationType::F32).trace;
+        let trace = run_whole(model, tokens, Precision::F32).trace;
         let (plain_logits, nothing) = Steps { model, tokens, is_wanted: |_| false, with_trace: false }.run();
         assert!(nothing.iter().all(Vec::is_empty));
         let some: [fn(usize) -> bool; 3] = [|_| true, |position| position % 5 < 2, |position| position == 8];

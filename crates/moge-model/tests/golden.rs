@@ -4,7 +4,7 @@
 mod common;
 
 use common::{CASES, Golden, logprobs, run_whole};
-use moge_model::ActivationType;
+use moge_model::Precision;
 
 /// Largest difference of a log-probability in f32. Both sides sum in f32 in different orders; against f64 the
 /// recorded values are off by 1.1e-5 at most.
@@ -48,7 +48,7 @@ fn a_difference_that_is_no_number_is_not_lost_among_others() {
 fn logits_hidden_states_and_expert_choices_equal_pytorch_in_f32() {
     for case in CASES {
         let golden = Golden::load(case);
-        let run = run_whole(&golden.model, &golden.tokens("tokens"), ActivationType::F32);
+        let run = run_whole(&golden.model, &golden.tokens("tokens"), Precision::F32);
         let vocab = golden.model.config().vocab_size;
         let difference = max_difference(&logprobs(&run.logits, vocab), &logprobs(&golden.f32("logits"), vocab));
         assert!(difference <= F32_LOGPROB_TOLERANCE, "{case}: log-probabilities differ by {difference}");
@@ -67,7 +67,7 @@ fn logits_hidden_states_and_expert_choices_equal_pytorch_in_f32() {
 fn bf16_activations_stay_close_to_their_simulation_and_to_f32() {
     for case in CASES {
         let golden = Golden::load(case);
-        let run = run_whole(&golden.model, &golden.tokens("tokens"), ActivationType::Bf16);
+        let run = run_whole(&golden.model, &golden.tokens("tokens"), Precision::Bf16);
         let vocab = golden.model.config().vocab_size;
         let ours = logprobs(&run.logits, vocab);
         let simulated = logprobs(&golden.f32("logits_bf16_activations"), vocab);

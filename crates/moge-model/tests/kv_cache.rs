@@ -4,7 +4,7 @@
 mod common;
 
 use common::{CASES, Golden, logprobs, run_with_kv};
-use moge_model::{ActivationType, BLOCK_SIZE, KvCache, KvType};
+use moge_model::{BLOCK_SIZE, KvCache, KvType, Precision};
 
 /// Largest root mean square, over the vocabulary, by which a row's log-probabilities differ from those with a cache in
 /// f32: bf16 keeps 8 bits of a number, int8 7 bits of the largest of a head. In the median over the rows, because a row
@@ -17,7 +17,7 @@ fn a_narrow_cache_stays_close_to_one_in_f32_and_is_not_the_same() {
         let golden = Golden::load(case);
         let vocab_size = golden.model.config().vocab_size;
         let run = |kv_type| {
-            let run = run_with_kv(&golden.model, &golden.tokens("tokens"), ActivationType::F32, kv_type);
+            let run = run_with_kv(&golden.model, &golden.tokens("tokens"), Precision::F32, kv_type);
             logprobs(&run.logits, vocab_size)
         };
         let exact = run(KvType::F32);

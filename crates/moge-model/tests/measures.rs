@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use common::Golden;
 use moge_model::{
-    ActivationType, Batch, BlockId, Cpu, ExpertId, Isa, KvCache, KvType, Model, Operator, SequenceRows, StepLimits,
-    TokenId, Workspace,
+    Batch, BlockId, Cpu, ExpertId, Isa, KvCache, KvType, Model, Operator, Precision, SequenceRows, StepLimits, TokenId,
+    Workspace,
 };
 
 /// Steps of five rows that continue a sequence.
@@ -25,7 +25,7 @@ impl Steps {
         let cpu = Cpu::new(Isa::select().unwrap(), 2);
         let limits = StepLimits { max_rows: 5, max_logit_rows: 5, max_context: 20, num_threads: cpu.num_threads() };
         let kv_cache = KvCache::new(model.config(), KvType::F32, 1);
-        Steps { cpu, kv_cache, work: Workspace::new(model.config(), ActivationType::F32, limits), num_tokens: 0 }
+        Steps { cpu, kv_cache, work: Workspace::new(model.config(), Precision::F32, limits), num_tokens: 0 }
     }
 
     fn step(&mut self, model: &Model) {

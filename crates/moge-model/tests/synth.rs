@@ -9,8 +9,8 @@ use std::path::Path;
 use common::run_whole;
 use moge_model::synth::{PRESETS, SynthConfig, write_checkpoint};
 use moge_model::{
-    ActivationType, Architecture, ChatRequest, ChatTemplate, GenerationDefaults, LoadMode, MlpConfig, Model,
-    ModelConfig, Prefix, TokenId, Tokenizer, eos_token_ids,
+    Architecture, ChatRequest, ChatTemplate, GenerationDefaults, LoadMode, MlpConfig, Model, ModelConfig, Precision,
+    Prefix, TokenId, Tokenizer, eos_token_ids,
 };
 use serde_json::json;
 
@@ -40,7 +40,7 @@ fn activations_and_logits_stay_of_order_one_through_every_network() {
         let dir = tempfile::tempdir().unwrap();
         let config = write(dir.path(), architecture, "small");
         let model = Model::load(dir.path(), LoadMode::Mmap, &|_, _| ()).unwrap();
-        let run = run_whole(&model, &spread_tokens(config.vocab_size, 65), ActivationType::F32);
+        let run = run_whole(&model, &spread_tokens(config.vocab_size, 65), Precision::F32);
         assert_eq!(run.trace.hidden.len(), config.num_layers + 1);
         for (layer, hidden) in run.trace.hidden.iter().enumerate() {
             let size = root_mean_square(hidden);
@@ -58,7 +58,7 @@ fn every_layer_routes_near_uniformly_inside_every_expert_group() {
     let model = Model::load(dir.path(), LoadMode::Mmap, &|_, _| ()).unwrap();
     let MlpConfig::GroupedExperts(moe) = model.config().mlp else { panic!("no experts") };
     let tokens = spread_tokens(config.vocab_size, 1200);
-    let run = run_whole(&model, &tokens, ActivationType::F32);
+    let run = run_whole(&model, &tokens, Precision::F32);
     let fair_share = tokens.len() / moe.experts_per_group();
     assert_eq!(run.trace.routes.len(), config.num_layers);
     for (layer, routes) in run.trace.routes.iter().enumerate() {

@@ -1,6 +1,6 @@
 //! What a model makes of a text, and how far that is from what another one makes of it.
 
-use moge_kernels::{ActivationType, Cpu, KvType};
+use moge_kernels::{Cpu, KvType, Precision};
 use moge_model::{
     BLOCK_SIZE, Batch, BlockId, KvCache, MlpConfig, Model, ModelConfig, Route, SequenceRows, StepLimits, TokenId,
     Workspace,
@@ -50,7 +50,7 @@ pub struct Comparison {
 
 impl Side {
     /// `model`, to read up to `context` tokens at a time.
-    pub fn new(model: Model, cpu: &Cpu, activation: ActivationType, kv: KvType, context: usize) -> Side {
+    pub fn new(model: Model, cpu: &Cpu, activation: Precision, kv: KvType, context: usize) -> Side {
         let kv_cache = KvCache::new(model.config(), kv, context.div_ceil(BLOCK_SIZE));
         let mut work = Workspace::new(model.config(), activation, limits(context, cpu.num_threads()));
         work.record_trace();

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
-use moge_kernels::{ActivationType, Dtype};
+use moge_kernels::{Dtype, Precision};
 use moge_model::{ConfigError, ModelConfig, read_file};
 use thiserror::Error;
 
@@ -93,7 +93,7 @@ pub struct OutputConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ComputeConfig {
     /// What matrix products round their operands to.
-    pub dtype: ActivationType,
+    pub dtype: Precision,
     /// Keep only the inputs of layers for backward, and compute the rest again.
     pub recompute: bool,
 }

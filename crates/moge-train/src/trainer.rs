@@ -286,7 +286,7 @@ impl Trainer {
 
 #[cfg(test)]
 mod tests {
-    use moge_kernels::{ActivationType, Cpu, Isa};
+    use moge_kernels::{Cpu, Isa, Precision};
     use safetensors::SafeTensors;
 
     use super::{Optimizer, TrainState};
@@ -305,7 +305,7 @@ mod tests {
         let num_rows = *offsets.last().unwrap() as usize;
         let number = |name: &str| run[name].as_f64().unwrap();
         let cpu = Cpu::new(Isa::select().unwrap(), 2);
-        let work = Workspace::new(&cpu, &golden.config, ActivationType::F32, num_rows, false);
+        let work = Workspace::new(&cpu, &golden.config, Precision::F32, num_rows, false);
         let loss = LossConfig { aux: number("aux_coefficient"), z: number("z_coefficient") };
         let config = OptimizerConfig {
             beta1: number("beta1"),

@@ -11,9 +11,9 @@ use indicatif::DecimalBytes;
 use moge_engine::{Engine, EngineConfig, SamplingParams};
 use moge_model::synth::write_checkpoint;
 use moge_model::{
-    ActivationType, Architecture, BLOCK_SIZE, ChatTemplate, ChatTemplateError, Checkpoint, Cpu, Dtype,
-    GenerationDefaults, Isa, KvCache, KvType, LoadMode, MAX_THREADS, Model, ModelConfig, PackedFormat, QuantScheme,
-    TokenId, Tokenizer, TokenizerError, Workspace, available_threads, eos_token_ids, stored_bytes,
+    Architecture, BLOCK_SIZE, ChatTemplate, ChatTemplateError, Checkpoint, Cpu, Dtype, GenerationDefaults, Isa,
+    KvCache, KvType, LoadMode, MAX_THREADS, Model, ModelConfig, PackedFormat, Precision, QuantScheme, TokenId,
+    Tokenizer, TokenizerError, Workspace, available_threads, eos_token_ids, stored_bytes,
 };
 use tempfile::TempDir;
 
@@ -329,10 +329,10 @@ impl Frontend {
     }
 
     /// The precision that `args` ask for.
-    pub(crate) fn activation(&self, args: &ModelArgs) -> ActivationType {
+    pub(crate) fn activation(&self, args: &ModelArgs) -> Precision {
         match (args.dtype, self.config.dtype) {
-            (DtypeArg::F32, _) | (DtypeArg::Auto, Dtype::F32 | Dtype::F16) => ActivationType::F32,
-            (DtypeArg::Bf16, _) | (DtypeArg::Auto, Dtype::Bf16) => ActivationType::Bf16,
+            (DtypeArg::F32, _) | (DtypeArg::Auto, Dtype::F32 | Dtype::F16) => Precision::F32,
+            (DtypeArg::Bf16, _) | (DtypeArg::Auto, Dtype::Bf16) => Precision::Bf16,
         }
     }
 

@@ -17,7 +17,7 @@ mod write;
 use std::ops::Range;
 
 use crate::cpu::{Cpu, SharedMut};
-use crate::elements::{ActivationType, round_to_bf16};
+use crate::elements::{Precision, round_to_bf16};
 use crate::isa::Isa;
 use chunk::{AttendChunk, CHUNK_LEN, MergeParts, PrefetchChunk, Worker, part_len};
 use encode::{Attend, PutQueries};
@@ -52,7 +52,7 @@ pub struct AttentionRows<'a> {
     /// Whose rows they are.
     pub sequences: &'a [SequenceRows],
     /// Precision of the outcome.
-    pub activation: ActivationType,
+    pub activation: Precision,
 }
 
 /// Causal attention of a step's rows, all query heads of a KV head sharing its keys and values:
@@ -192,7 +192,7 @@ impl<T: Attend> Step<'_, T> {
             for (out, value) in out.iter_mut().zip(part) {
                 *out = value / part[width];
             }
-            if self.rows.activation == ActivationType::Bf16 {
+            if self.rows.activation == Precision::Bf16 {
                 out.iter_mut().for_each(|out| *out = round_to_bf16(*out));
             }
         }

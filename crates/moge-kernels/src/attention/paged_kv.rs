@@ -4,7 +4,7 @@ use half::bf16;
 use half::slice::HalfBitsSliceExt;
 
 use super::SequenceRows;
-use crate::elements::ActivationType;
+use crate::elements::Precision;
 use crate::simd::MAX_LANES;
 
 /// Blocks are read by registers of keys, two at once, so their size is a multiple of this.
@@ -22,12 +22,12 @@ pub enum KvType {
     Int8,
 }
 
-impl From<ActivationType> for KvType {
+impl From<Precision> for KvType {
     /// The precision of the activations.
-    fn from(activation: ActivationType) -> KvType {
+    fn from(activation: Precision) -> KvType {
         match activation {
-            ActivationType::F32 => KvType::F32,
-            ActivationType::Bf16 => KvType::Bf16,
+            Precision::F32 => KvType::F32,
+            Precision::Bf16 => KvType::Bf16,
         }
     }
 }

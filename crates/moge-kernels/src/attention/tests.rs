@@ -3,7 +3,7 @@ use super::{paged_attention, write_qkv};
 use crate::attention::numbers::KvNumber;
 use crate::attention::paged_kv::Store;
 use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu};
-use crate::{ActivationType, Cpu, Isa, RopeAngles, RopeHead, RopeLayout, round_to_bf16};
+use crate::{Cpu, Isa, Precision, RopeAngles, RopeHead, RopeLayout, round_to_bf16};
 use half::bf16;
 
 const NUM_BLOCKS: usize = 97;
@@ -68,7 +68,7 @@ fn round_as(kv_type: KvType, x: &[f32], head_dim: usize) -> Vec<f32> {
 struct Attention {
     cpu: Cpu,
     heads: Heads,
-    activation: ActivationType,
+    activation: Precision,
     kv: PagedKv,
     scratch: AttentionScratch,
 }
@@ -84,7 +84,7 @@ impl Attention {
             head_dim: heads.head_dim,
         };
         let kv = PagedKv::new(kv_type, NUM_BLOCKS, BLOCK_SIZE, heads.num_kv, heads.head_dim);
-        Attention { cpu, heads, activation: ActivationType::F32, kv, scratch: AttentionScratch::new(limits) }
+        Attention { cpu, heads, activation: Precision::F32, kv, scratch: AttentionScratch::new(limits) }
     }
 
     /// One step: each `(index, start, end)` brings the tokens `start..end` of a sequence. Returns the rows' outputs.
@@ -106,7 +106,7 @@ impl Attention {
             eps: 0.0,
             angles: RopeAngles { cos: &cos, sin: &sin },
             rope: RopeHead { head_dim: self.heads.head_dim, rotary_dim: 2, layout: RopeLayout::RotateHalf },
-            activation: ActivationType::F32,
+            activation: Precision::F32,
         };
         write_qkv(&self.cpu, [&mut q, &mut k, &mut v], params, &mut self.kv, &sequences, &mut self.scratch);
         let mut out = vec![f32::NAN; q.len()];
@@ -186,7 +186,7 @@ fn outcomes_are_rounded_to_bf16_activations_whatever_the_cache() {
     for kv_type in KV_TYPES {
         let mut attention = Attention::new(Cpu::new(Isa::best(), 2), heads, kv_type, 39);
         let exact = attention.step(&tokens, &[(0, 0, 39)]);
-        attention.activation = ActivationType::Bf16;
+        attention.activation = Precision::Bf16;
         let rounded = attention.step(&tokens, &[(0, 0, 39)]);
         assert_same_bits(&rounded, &exact.iter().map(|&x| round_to_bf16(x)).collect::<Vec<f32>>());
     }

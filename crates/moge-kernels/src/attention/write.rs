@@ -10,7 +10,7 @@ use super::numbers::KvNumber;
 use super::paged_kv::{Layout, Numbers, Store};
 use super::{AttentionScratch, PagedKv, SequenceRows};
 use crate::cpu::{Cpu, SharedMut};
-use crate::elements::ActivationType;
+use crate::elements::Precision;
 use crate::norm::norm_row;
 use crate::rope::{RopeAngles, RopeHead, rope_head};
 use crate::simd::{Simd, SimdOp, map};
@@ -27,7 +27,7 @@ pub struct QkvParams<'a> {
     /// What of a head turns.
     pub rope: RopeHead,
     /// Precision of queries and keys.
-    pub activation: ActivationType,
+    pub activation: Precision,
 }
 
 /// Rows of a sequence whose places are in one block.
@@ -209,7 +209,7 @@ impl<T: StoreNumbers> SimdOp for WriteToken<'_, '_, T> {
         for (x, index) in [(self.q, 0), (&mut *self.k, 1)] {
             for head in x.chunks_exact_mut(rope.head_dim) {
                 if let Some(norms) = norms {
-                    norm_row(simd, head, norms[index], eps, ActivationType::F32);
+                    norm_row(simd, head, norms[index], eps, Precision::F32);
                 }
                 rope_head(simd, head, angles, rope, activation);
             }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::tile::{BLOCK_COLS, BLOCK_ROWS, Block, InputRows, TILE_COLS, multiply_block};
 use crate::cpu::{Cpu, SharedMut};
-use crate::elements::{ActivationType, Matrix};
+use crate::elements::{Matrix, Precision};
 use crate::swiglu::swiglu;
 
 /// Parts of the work for each thread, so that the last ones to finish wait little.
@@ -65,7 +65,7 @@ pub fn grouped_swiglu<'w>(
     x: &[f32],
     rows: GroupedRows<'_>,
     gate_up: &(dyn Fn(usize) -> [Matrix<'w>; 2] + Sync),
-    activation: ActivationType,
+    activation: Precision,
 ) {
     let Some(first) = first_expert(rows.offsets) else {
         return assert!(out.is_empty(), "out has {} numbers for no row", out.len());

@@ -13,7 +13,7 @@ use super::panel::{
     panel_cols, piece_len, tile_rows,
 };
 use crate::cpu::{Cpu, SharedMut};
-use crate::elements::{ActivationType, Store};
+use crate::elements::{Precision, Store};
 use crate::simd::{Aligned, Simd, SimdOp, map};
 
 /// Most output rows of a part: each panel that is packed serves so many.
@@ -93,7 +93,7 @@ impl ExpertWeights<'_> {
 /// Computes the products; holds the memory in which its threads pack pieces of the factors.
 #[derive(Debug)]
 pub struct Products {
-    activation: ActivationType,
+    activation: Precision,
     /// One for each worker, in cache lines, so that registers do not straddle two.
     scratch: Vec<Vec<Aligned<[f32; LINE_LEN]>>>,
 }
@@ -104,7 +104,7 @@ const TILES_LINES: usize = (MAX_PIECE_LEN * BLOCK_ROWS + PACK_SLACK).div_ceil(LI
 
 impl Products {
     /// Products on the threads of `cpu`. With bf16 both factors are rounded to it; sums stay f32.
-    pub fn new(cpu: &Cpu, activation: ActivationType) -> Products {
+    pub fn new(cpu: &Cpu, activation: Precision) -> Products {
         let scratch = vec![Aligned([0.0; LINE_LEN]); PANELS_LINES + TILES_LINES];
         Products { activation, scratch: vec![scratch; cpu.num_threads()] }
     }
@@ -371,7 +371,7 @@ impl Block {
 /// The body of a part, with a worker's memory for packed factors.
 struct MultiplyPart<'a> {
     part: Part<'a>,
-    activation: ActivationType,
+    activation: Precision,
     panels: *mut f32,
     tiles: *mut f32,
 }
@@ -435,7 +435,7 @@ impl MultiplyPart<'_> {
                     pack_steps(simd, step, members.len(), len, width, out);
                 }
             }
-            if self.activation == ActivationType::Bf16 {
+            if self.activation == Precision::Bf16 {
                 let packed = std::slice::from_raw_parts_mut(out, members.len().next_multiple_of(width) * len);
                 map(
                     simd,

@@ -1,9 +1,7 @@
 use half::{bf16, f16};
 
 use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu};
-use crate::{
-    ActivationType, Cpu, Elements, GroupedRows, Isa, Matrix, gemm, grouped_gemm, grouped_swiglu, round_to_bf16,
-};
+use crate::{Cpu, Elements, GroupedRows, Isa, Matrix, Precision, gemm, grouped_gemm, grouped_swiglu, round_to_bf16};
 
 /// A weight in every stored type, all of the same numbers.
 struct Weight {
@@ -135,7 +133,7 @@ fn grouped_swiglu_applies_each_experts_gate_and_up_to_its_rows() {
                 [weights[expert][0].views()[dtype], weights[expert][1].views()[(dtype + 1) % 3]]
             };
             let mut out = vec![f32::NAN; 60 * inter];
-            grouped_swiglu(&cpu, &mut out, &x, rows, &gate_up, ActivationType::F32);
+            grouped_swiglu(&cpu, &mut out, &x, rows, &gate_up, Precision::F32);
             for (i, &found) in out.iter().enumerate() {
                 let (dispatched, col) = (i / inter, i % inter);
                 let expert = offsets.windows(2).position(|pair| (pair[0]..pair[1]).contains(&dispatched)).unwrap();
@@ -145,7 +143,7 @@ fn grouped_swiglu_applies_each_experts_gate_and_up_to_its_rows() {
                 assert_close(&[found], &[gate / (1.0 + (-gate).exp()) * up], 1e-5, 2e-5);
             }
             let mut rounded = vec![0.0; out.len()];
-            grouped_swiglu(&cpu, &mut rounded, &x, rows, &gate_up, ActivationType::Bf16);
+            grouped_swiglu(&cpu, &mut rounded, &x, rows, &gate_up, Precision::Bf16);
             assert!(rounded.iter().zip(&out).all(|(&rounded, &y)| rounded == round_to_bf16(y)));
         }
     }
@@ -156,7 +154,7 @@ fn no_dispatched_rows_ask_for_no_weight() {
     let cpu = Cpu::new(Isa::best(), 1);
     let rows = GroupedRows { offsets: &[0, 0, 0], source_rows: None };
     grouped_gemm(&cpu, &mut [], &[], rows, &|_| unreachable!());
-    grouped_swiglu(&cpu, &mut [], &[], rows, &|_| unreachable!(), ActivationType::F32);
+    grouped_swiglu(&cpu, &mut [], &[], rows, &|_| unreachable!(), Precision::F32);
 }
 
 #[test]

@@ -2,7 +2,7 @@ use super::{
     RmsNormBackward, RmsNormParams, add, rms_norm, rms_norm_backward, rms_norm_in_place, rms_norm_scratch_len,
 };
 use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu, finite_differences};
-use crate::{ActivationType, Cpu, Isa, Store, round_to_bf16};
+use crate::{Cpu, Isa, Precision, Store, round_to_bf16};
 
 const EPS: f32 = 1e-5;
 
@@ -20,13 +20,13 @@ fn rms_norm_matches_f64_on_every_isa_and_awkward_width() {
                 expected.extend(x.iter().zip(&weight).map(|(&x, &w)| f64::from(x) * scale * f64::from(w)));
             }
             let mut out = vec![0.0; x.len()];
-            let params = RmsNormParams { weight: &weight, eps: EPS, activation: ActivationType::F32 };
+            let params = RmsNormParams { weight: &weight, eps: EPS, activation: Precision::F32 };
             rms_norm(&cpu, &mut out, &x, params);
             assert_close(&out, &expected, 2e-6, 0.0);
             let mut in_place = x.clone();
-            rms_norm_in_place(&cpu, &mut in_place, &weight, EPS, ActivationType::F32);
+            rms_norm_in_place(&cpu, &mut in_place, &weight, EPS, Precision::F32);
             assert_same_bits(&in_place, &out);
-            rms_norm(&cpu, &mut in_place, &x, RmsNormParams { activation: ActivationType::Bf16, ..params });
+            rms_norm(&cpu, &mut in_place, &x, RmsNormParams { activation: Precision::Bf16, ..params });
             assert!(in_place.iter().zip(&out).all(|(&rounded, &y)| rounded == round_to_bf16(y)));
         }
     }
@@ -39,7 +39,7 @@ fn a_row_among_many_is_normed_to_the_same_bits_as_alone() {
         let mut numbers = Numbers::new(5);
         let (x, weight) = (numbers.vec(num_rows * width), numbers.vec(width));
         let mut all = vec![0.0; x.len()];
-        let params = RmsNormParams { weight: &weight, eps: EPS, activation: ActivationType::F32 };
+        let params = RmsNormParams { weight: &weight, eps: EPS, activation: Precision::F32 };
         rms_norm(&cpu, &mut all, &x, params);
         for (all, x) in all.chunks_exact(width).zip(x.chunks_exact(width)) {
             let mut alone = vec![0.0; width];
@@ -53,7 +53,7 @@ fn a_row_among_many_is_normed_to_the_same_bits_as_alone() {
 fn a_nan_row_leaves_the_other_rows_alone() {
     for cpu in every_cpu() {
         let mut x = [1.0, 1.0, f32::NAN, 1.0, f32::INFINITY, 1.0];
-        rms_norm_in_place(&cpu, &mut x, &[1.0, 2.0], 0.0, ActivationType::F32);
+        rms_norm_in_place(&cpu, &mut x, &[1.0, 2.0], 0.0, Precision::F32);
         assert_eq!(x[..2], [1.0, 2.0]);
         assert!(x[2].is_nan() && x[3].is_nan() && x[4].is_nan());
         assert_eq!(x[5], 0.0);

@@ -6,7 +6,7 @@ use super::rows::{Tile, tiles};
 use super::tile::{MAX_PANELS, Products, multiply_panels, with_place};
 use super::{PANEL_ROWS, PackedFormat, PackedMatrix, QuantizedRows};
 use crate::cpu::{Cpu, SharedMut};
-use crate::elements::ActivationType;
+use crate::elements::Precision;
 use crate::isa::Isa;
 use crate::swiglu::swiglu;
 
@@ -110,7 +110,7 @@ pub fn packed_swiglu<'w>(
                         for (row, (gate, up)) in tile.clone().zip(products[0].0.iter().zip(&products[1].0)) {
                             // SAFETY: Parts are disjoint in expert, hence in rows, or in columns.
                             let out = unsafe { out.slice(row * inter + cols.start..row * inter + cols.end) };
-                            swiglu(isa, out, &gate[..cols.len()], &up[..cols.len()], ActivationType::F32);
+                            swiglu(isa, out, &gate[..cols.len()], &up[..cols.len()], Precision::F32);
                         }
                     }
                 }

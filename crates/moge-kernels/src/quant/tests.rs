@@ -6,7 +6,7 @@ use super::{
 };
 use crate::simd::PANEL_ROWS;
 use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu};
-use crate::{ActivationType, Cpu, GroupedRows, Isa, RmsNormParams, rms_norm};
+use crate::{Cpu, GroupedRows, Isa, Precision, RmsNormParams, rms_norm};
 
 const FORMATS: [PackedFormat; 2] = [PackedFormat::W8A8, PackedFormat::W4A8];
 
@@ -263,7 +263,7 @@ fn rows_that_are_normed_and_quantised_in_one_go_are_those_of_two() {
         let mut numbers = Numbers::new(13);
         let (x, norm_weight) = (numbers.vec(num_rows * width), numbers.vec(width));
         let weight = Weight::random(&mut numbers, PackedFormat::W4A8, 48, width);
-        let norm = RmsNormParams { weight: &norm_weight, eps: 1e-5, activation: ActivationType::Bf16 };
+        let norm = RmsNormParams { weight: &norm_weight, eps: 1e-5, activation: Precision::Bf16 };
         let (mut normed, mut expected) = (vec![0.0; x.len()], vec![0.0; x.len()]);
         rms_norm(&cpu, &mut expected, &x, norm);
         let mut rows = QuantizedRows::default();

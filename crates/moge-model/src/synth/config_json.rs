@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::tokenizer::SpecialIds;
 use super::{SynthConfig, SynthMlp};
-use crate::config::Architecture;
+use crate::network::config::Architecture;
 
 /// The text of `config.json`.
 pub(super) fn config_json(config: &SynthConfig, ids: &SpecialIds) -> String {

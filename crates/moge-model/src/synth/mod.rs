@@ -14,11 +14,11 @@ use std::path::{Path, PathBuf};
 use moge_kernels::Dtype;
 use thiserror::Error;
 
-use crate::checkpoint_writer::{
+use crate::checkpoint::writer::{
     CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, PlannedTensor, WriteError, io_error, write_file,
 };
-use crate::config::{Architecture, ConfigError, ModelConfig};
-use crate::weights::{TensorSpec, expected_tensors};
+use crate::network::config::{Architecture, ConfigError, ModelConfig};
+use crate::network::weights::{TensorSpec, expected_tensors};
 pub use presets::{PRESETS, Preset};
 pub use random::{TensorRng, Uniform};
 use weights::Source;

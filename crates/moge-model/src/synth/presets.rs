@@ -3,7 +3,7 @@
 use moge_kernels::Dtype;
 
 use super::{SynthConfig, SynthMlp};
-use crate::config::Architecture;
+use crate::network::config::Architecture;
 
 /// A named set of sizes.
 #[derive(Clone, Copy, Debug)]

@@ -1,9 +1,9 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::checkpoint::{Checkpoint, LoadMode};
-use crate::config::MlpConfig;
-use crate::weights::tensor_problems;
+use crate::checkpoint::reader::{Checkpoint, LoadMode};
+use crate::network::config::MlpConfig;
+use crate::network::weights::tensor_problems;
 
 fn preset(architecture: Architecture, name: &str) -> SynthConfig {
     let found = PRESETS.iter().find(|preset| preset.config.architecture == architecture && preset.name == name);

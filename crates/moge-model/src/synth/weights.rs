@@ -7,8 +7,8 @@ use moge_kernels::Dtype;
 use safetensors::Dtype as StoredDtype;
 
 use super::random::{TensorRng, Uniform};
-use crate::checkpoint_writer::{CheckpointWriter, PlannedTensor, WriteError};
-use crate::config::ModelConfig;
+use crate::checkpoint::writer::{CheckpointWriter, PlannedTensor, WriteError};
+use crate::network::config::ModelConfig;
 
 /// Numbers of a tensor that are made and written at a time; even. 4 MiB of f32: large enough that a write is cheap.
 const CHUNK_ELEMENTS: u64 = 1 << 20;

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use moge_model::{
-    ActivationType, BLOCK_SIZE, Batch, BlockId, Cpu, Isa, KvCache, KvType, LoadMode, Model, SequenceRows, StepLimits,
+    BLOCK_SIZE, Batch, BlockId, Cpu, Isa, KvCache, KvType, LoadMode, Model, Precision, SequenceRows, StepLimits,
     TokenId, Trace, Workspace,
 };
 use safetensors::SafeTensors;
@@ -67,12 +67,12 @@ pub(crate) struct Run {
 }
 
 /// All tokens in one step, logits wanted everywhere.
-pub(crate) fn run_whole(model: &Model, tokens: &[TokenId], activation: ActivationType) -> Run {
+pub(crate) fn run_whole(model: &Model, tokens: &[TokenId], activation: Precision) -> Run {
     run_with_kv(model, tokens, activation, activation.into())
 }
 
 /// As [`run_whole`], with a KV cache of another type than the activations.
-pub(crate) fn run_with_kv(model: &Model, tokens: &[TokenId], activation: ActivationType, kv_type: KvType) -> Run {
+pub(crate) fn run_with_kv(model: &Model, tokens: &[TokenId], activation: Precision, kv_type: KvType) -> Run {
     let cpu = Cpu::new(Isa::select().unwrap(), 2);
     let num_blocks = tokens.len().div_ceil(BLOCK_SIZE);
     let mut kv_cache = KvCache::new(model.config(), kv_type, num_blocks);
@@ -110,7 +110,7 @@ pub(crate) fn greedy(model: &Model, prompt: &[TokenId], num_tokens: usize) -> Ve
         max_context: prompt.len() + num_tokens,
         num_threads: cpu.num_threads(),
     };
-    let mut work = Workspace::new(model.config(), ActivationType::F32, limits);
+    let mut work = Workspace::new(model.config(), Precision::F32, limits);
     let (mut tokens, mut computed) = (prompt.to_vec(), 0);
     while tokens.len() < prompt.len() + num_tokens {
         let batch = Batch {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use moge_engine::{Engine, EngineConfig, GrammarCompiler};
 use moge_model::synth::{PRESETS, SynthConfig, write_checkpoint};
 use moge_model::{
-    ActivationType, Architecture, BLOCK_SIZE, ChatTemplate, Cpu, GenerationDefaults, Isa, KvType, LoadMode, Model,
+    Architecture, BLOCK_SIZE, ChatTemplate, Cpu, GenerationDefaults, Isa, KvType, LoadMode, Model, Precision,
     Tokenizer, eos_token_ids,
 };
 use moge_server::{ServeError, ServedModel, Server, ServerConfig};
@@ -87,7 +87,7 @@ impl TestServer {
         let eos_token_ids = eos_token_ids(&config.eos_token_ids, &defaults, Some(&tokenizer));
         let grammars = GrammarCompiler::new(&tokenizer, config.vocab_size, &eos_token_ids).unwrap();
         let engine = EngineConfig {
-            activation: ActivationType::F32,
+            activation: Precision::F32,
             kv: KvType::F32,
             num_blocks: 2 * CONTEXT / BLOCK_SIZE,
             max_sequence_tokens: CONTEXT,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use moge_kernels::{ActivationType, Dtype};
+use moge_kernels::{Dtype, Precision};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -71,11 +71,11 @@ impl From<RawDtype> for Dtype {
     }
 }
 
-impl From<RawDtype> for ActivationType {
-    fn from(dtype: RawDtype) -> ActivationType {
+impl From<RawDtype> for Precision {
+    fn from(dtype: RawDtype) -> Precision {
         match dtype {
-            RawDtype::F32 => ActivationType::F32,
-            RawDtype::Bf16 => ActivationType::Bf16,
+            RawDtype::F32 => Precision::F32,
+            RawDtype::Bf16 => Precision::Bf16,
         }
     }
 }

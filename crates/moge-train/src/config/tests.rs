@@ -94,7 +94,7 @@ fn what_a_run_file_leaves_out_has_the_documented_defaults() {
     let run = load(SHORTEST).unwrap();
     assert_eq!((run.model.init, run.model.seed), (Init::Random, 0));
     assert_eq!((run.output.checkpoint_every, run.output.keep, run.output.dtype), (100, 3, Dtype::F32));
-    assert_eq!(run.compute, ComputeConfig { dtype: ActivationType::F32, recompute: false });
+    assert_eq!(run.compute, ComputeConfig { dtype: Precision::F32, recompute: false });
     assert_eq!(run.loss, LossConfig { aux: 0.001, z: 0.0 });
     let optimizer = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1.0 };
     assert_eq!(run.optimizer, optimizer);
@@ -110,7 +110,7 @@ fn all_keys_are_read_and_paths_are_seen_from_the_run_file() {
     assert_eq!(run.model.init, Init::Checkpoint(dir.path().join("start")));
     let output = OutputConfig { dir: "/runs/first".into(), checkpoint_every: 20, keep: 2, dtype: Dtype::Bf16 };
     assert_eq!(run.output, output);
-    assert_eq!(run.compute, ComputeConfig { dtype: ActivationType::Bf16, recompute: true });
+    assert_eq!(run.compute, ComputeConfig { dtype: Precision::Bf16, recompute: true });
     assert_eq!(run.loss, LossConfig { aux: 0.0, z: 1e-4 });
     let optimizer = OptimizerConfig { beta1: 0.8, beta2: 0.9, eps: 1e-6, weight_decay: 0.0, clip: f64::INFINITY };
     assert_eq!(run.optimizer, optimizer);

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use moge_kernels::{
-    ActivationType, AttentionKept, PieceAttention, Products, RmsNormBackward, RmsNormParams, RopeHead, Store, add,
+    AttentionKept, PieceAttention, Precision, Products, RmsNormBackward, RmsNormParams, RopeHead, Store, add,
     attention_backward, attention_forward, column_sums, rms_norm, rms_norm_backward, rope, rope_backward,
 };
 use moge_model::{Layer, RopeConfig};
@@ -89,7 +89,7 @@ impl Pass<'_> {
     /// `out = norm(x)`, for rows as long as the weight.
     pub(super) fn norm(&self, out: &mut [f32], x: &[f32], weight: &Range<usize>) {
         let weight = &self.params[weight.clone()];
-        let params = RmsNormParams { weight, eps: self.config.rms_norm_eps, activation: ActivationType::F32 };
+        let params = RmsNormParams { weight, eps: self.config.rms_norm_eps, activation: Precision::F32 };
         rms_norm(self.cpu, out, x, params);
     }
 

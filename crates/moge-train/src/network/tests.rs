@@ -1,7 +1,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use moge_kernels::{ActivationType, Cpu, IGNORED_TARGET, Isa, Store};
+use moge_kernels::{Cpu, IGNORED_TARGET, Isa, Precision, Store};
 use moge_model::{
     BLOCK_SIZE, Batch as EngineBatch, BlockId, ExpertId, KvCache, LoadMode, MlpConfig, Model, ModelConfig,
     SequenceRows, StepLimits, TokenId, Workspace as EngineWorkspace,
@@ -60,7 +60,7 @@ impl Golden {
     fn pass(
         &self,
         cpu: &Cpu,
-        activation: ActivationType,
+        activation: Precision,
         recompute: bool,
         forced: Option<&[ExpertId]>,
     ) -> (Losses, Vec<f32>) {
@@ -98,7 +98,7 @@ fn losses_and_gradients_equal_pytorch() {
     for case in CASES {
         let golden = Golden::load(case);
         let (rows, _) = golden.batch();
-        let (losses, grads) = golden.pass(&cpu, ActivationType::F32, false, None);
+        let (losses, grads) = golden.pass(&cpu, Precision::F32, false, None);
         let expected = golden.json("expected.json");
         let scales = golden.scales(&rows);
         for (name, found) in [
@@ -127,7 +127,7 @@ fn gradients_have_the_same_bits_at_any_number_of_threads_and_when_computed_again
     let isa = Isa::select().unwrap();
     for case in ["pangu-pro-moe-k2", "glm4"] {
         let golden = Golden::load(case);
-        for activation in [ActivationType::F32, ActivationType::Bf16] {
+        for activation in [Precision::F32, Precision::Bf16] {
             let (losses, grads) = golden.pass(&Cpu::new(isa, 1), activation, false, None);
             for (num_threads, recompute) in [(2, false), (3, true), (5, false)] {
                 let found = golden.pass(&Cpu::new(isa, num_threads), activation, recompute, None);
@@ -144,9 +144,9 @@ fn gradients_of_two_passes_add_up() {
     for case in CASES {
         let golden = Golden::load(case);
         let (rows, _) = golden.batch();
-        let (_, once) = golden.pass(&cpu, ActivationType::F32, false, None);
+        let (_, once) = golden.pass(&cpu, Precision::F32, false, None);
         let network = TrainNetwork::new(&golden.config);
-        let mut work = Workspace::new(&cpu, &golden.config, ActivationType::F32, rows.num_rows(), false);
+        let mut work = Workspace::new(&cpu, &golden.config, Precision::F32, rows.num_rows(), false);
         let mut grads = vec![f32::NAN; golden.layout.len];
         for store in [Store::Set, Store::Add] {
             let batch = Batch { rows: &rows, forced_experts: None };
@@ -167,13 +167,13 @@ fn forced_experts_that_are_the_routers_own_change_nothing_and_others_are_taken()
         let MlpConfig::GroupedExperts(moe) = golden.config.mlp else { panic!("{case} has experts") };
         let (rows, ids) = golden.batch();
         let ids = ids.unwrap();
-        let own = golden.pass(&cpu, ActivationType::F32, false, None);
-        assert_eq!(golden.pass(&cpu, ActivationType::F32, false, Some(&ids)), own, "{case}");
+        let own = golden.pass(&cpu, Precision::F32, false, None);
+        assert_eq!(golden.pass(&cpu, Precision::F32, false, Some(&ids)), own, "{case}");
         // The next expert of the same expert group; all of a row's stay different.
         let group = moe.experts_per_group() as u32;
         let next = |id: &ExpertId| ExpertId(id.0 / group * group + (id.0 + 1) % group);
         let other: Vec<ExpertId> = ids.iter().map(next).collect();
-        let (losses, _) = golden.pass(&cpu, ActivationType::F32, false, Some(&other));
+        let (losses, _) = golden.pass(&cpu, Precision::F32, false, Some(&other));
         let per_layer = rows.num_rows() * moe.experts_per_token();
         for (layer, load) in losses.expert_load.iter().enumerate() {
             let mut expected = vec![0; moe.num_experts];
@@ -189,7 +189,7 @@ fn forced_experts_of_another_number_panic() {
     let golden = Golden::load("pangu-pro-moe-k2");
     let mut ids = golden.batch().1.unwrap();
     ids.push(ids[0]);
-    golden.pass(&Cpu::new(Isa::best(), 1), ActivationType::F32, false, Some(&ids));
+    golden.pass(&Cpu::new(Isa::best(), 1), Precision::F32, false, Some(&ids));
 }
 
 #[test]
@@ -215,7 +215,7 @@ fn the_memory_of_the_largest_networks_and_batches_is_counted_without_overflow() 
 }
 
 /// Logits of the engine for one piece.
-fn engine_logits(cpu: &Cpu, dir: &Path, tokens: &[u32], activation: ActivationType) -> Vec<f32> {
+fn engine_logits(cpu: &Cpu, dir: &Path, tokens: &[u32], activation: Precision) -> Vec<f32> {
     let model = Model::load(dir, LoadMode::Mmap, &|_, _| ()).unwrap();
     let num_blocks = tokens.len().div_ceil(BLOCK_SIZE);
     let mut kv_cache = KvCache::new(model.config(), activation.into(), num_blocks);
@@ -247,7 +247,7 @@ fn forward_equals_the_engine_on_the_same_checkpoint() {
         let golden = Golden::load(case);
         let (rows, _) = golden.batch();
         let network = TrainNetwork::new(&golden.config);
-        for (activation, tolerance) in [(ActivationType::F32, 2e-5), (ActivationType::Bf16, 5e-2)] {
+        for (activation, tolerance) in [(Precision::F32, 2e-5), (Precision::Bf16, 5e-2)] {
             let mut work = Workspace::new(&cpu, &golden.config, activation, rows.num_rows(), false);
             let batch = Batch { rows: &rows, forced_experts: None };
             let logits = network.logits(&cpu, &golden.params, batch, &mut work);

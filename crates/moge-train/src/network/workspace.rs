@@ -1,6 +1,6 @@
 //! What a pass keeps for backward, and its scratch memory.
 
-use moge_kernels::{ActivationType, Cpu, PieceAttentionScratch, Products, rms_norm_scratch_len};
+use moge_kernels::{Cpu, PieceAttentionScratch, Precision, Products, rms_norm_scratch_len};
 use moge_model::{Dispatch, ExpertId, MlpConfig, ModelConfig, NormPlacement, Route, TensorSpec, expected_tensors};
 
 /// Most rows of a pass: with them what the largest network keeps can still be counted in 64 bits.
@@ -99,18 +99,12 @@ pub struct Workspace {
 
 impl Workspace {
     /// Memory for batches of at most `max_rows`. With `recompute` only the inputs of layers are kept for backward.
-    pub fn new(
-        cpu: &Cpu,
-        config: &ModelConfig,
-        activation: ActivationType,
-        max_rows: usize,
-        recompute: bool,
-    ) -> Workspace {
+    pub fn new(cpu: &Cpu, config: &ModelConfig, activation: Precision, max_rows: usize, recompute: bool) -> Workspace {
         let num_kept = if recompute { 1 } else { config.num_layers };
         let q_per_kv = config.num_q_heads / config.num_kv_heads;
         let mut work = Workspace {
             products: Products::new(cpu, activation),
-            exact: Products::new(cpu, ActivationType::F32),
+            exact: Products::new(cpu, Precision::F32),
             attention: PieceAttentionScratch::new(cpu.num_threads(), max_rows, q_per_kv, config.head_dim),
             cos: Vec::new(),
             sin: Vec::new(),

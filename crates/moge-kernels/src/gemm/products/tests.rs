@@ -2,7 +2,7 @@ use std::ops::Range;
 
 use super::{ExpertWeights, Grid, ProductRows, Products};
 use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu};
-use crate::{ActivationType, Cpu, Isa, Store, round_to_bf16};
+use crate::{Cpu, Isa, Precision, Store, round_to_bf16};
 
 /// Error of a sum relative to the sum of magnitudes, as for the other products.
 const SUM_TOLERANCE: f64 = 1e-6;
@@ -76,26 +76,26 @@ impl Case {
         Numbers::new(width as u64).vec(self.num_dispatched() * width)
     }
 
-    fn forward(&self, cpu: &Cpu, activation: ActivationType, bias: Option<&[f32]>) -> Vec<f32> {
+    fn forward(&self, cpu: &Cpu, activation: Precision, bias: Option<&[f32]>) -> Vec<f32> {
         let mut out = vec![f32::NAN; self.num_dispatched() * self.rows];
         Products::new(cpu, activation).forward(cpu, &mut out, self.x(), (&self.w, self.weights()), bias);
         out
     }
 
-    fn backward_input(&self, cpu: &Cpu, activation: ActivationType, store: Store) -> Vec<f32> {
+    fn backward_input(&self, cpu: &Cpu, activation: Precision, store: Store) -> Vec<f32> {
         let mut dx = self.before(self.cols);
         Products::new(cpu, activation).backward_input(cpu, &mut dx, self.dy(), (&self.w, self.weights()), store);
         dx
     }
 
-    fn backward_weight(&self, cpu: &Cpu, activation: ActivationType, store: Store) -> Vec<f32> {
+    fn backward_weight(&self, cpu: &Cpu, activation: Precision, store: Store) -> Vec<f32> {
         let mut dw = self.w.clone();
         Products::new(cpu, activation).backward_weight(cpu, (&mut dw, self.weights()), self.dy(), self.x(), store);
         dw
     }
 
     /// All outputs, one after another.
-    fn outputs(&self, cpu: &Cpu, activation: ActivationType) -> Vec<f32> {
+    fn outputs(&self, cpu: &Cpu, activation: Precision) -> Vec<f32> {
         let mut outputs = self.forward(cpu, activation, None);
         outputs.extend(self.forward(cpu, activation, Some(&self.bias)));
         for store in [Store::Set, Store::Add] {
@@ -107,7 +107,7 @@ impl Case {
 
     /// Compare all outputs with plain loops.
     #[track_caller]
-    fn check(&self, cpu: &Cpu, activation: ActivationType) {
+    fn check(&self, cpu: &Cpu, activation: Precision) {
         let (x, dy) = (Plain::new(self.x(), activation), Plain::new(self.dy(), activation));
         let w = Plain::new(ProductRows::new(&self.w, 1), activation);
         let out = [self.forward(cpu, activation, None), self.forward(cpu, activation, Some(&self.bias))];
@@ -154,11 +154,11 @@ struct Plain {
 }
 
 impl Plain {
-    fn new(rows: ProductRows<'_>, activation: ActivationType) -> Plain {
+    fn new(rows: ProductRows<'_>, activation: Precision) -> Plain {
         let num_rows = rows.source_rows.map_or(rows.numbers.len() / rows.width, <[u32]>::len);
         let numbers = (0..num_rows).flat_map(|row| rows.row(row)).map(|&x| match activation {
-            ActivationType::F32 => f64::from(x),
-            ActivationType::Bf16 => f64::from(round_to_bf16(x)),
+            Precision::F32 => f64::from(x),
+            Precision::Bf16 => f64::from(round_to_bf16(x)),
         });
         Plain { numbers: numbers.collect(), width: rows.width }
     }
@@ -194,7 +194,7 @@ fn all_products_match_f64_on_every_isa_and_awkward_size() {
     ];
     for cpu in every_cpu() {
         for (num_rows, weight) in sizes {
-            for activation in [ActivationType::F32, ActivationType::Bf16] {
+            for activation in [Precision::F32, Precision::Bf16] {
                 Case::new(&[num_rows], weight, false).check(&cpu, activation);
             }
         }
@@ -204,7 +204,7 @@ fn all_products_match_f64_on_every_isa_and_awkward_size() {
 #[test]
 fn experts_gather_their_rows_and_those_without_rows_have_no_gradient() {
     for cpu in every_cpu() {
-        for activation in [ActivationType::F32, ActivationType::Bf16] {
+        for activation in [Precision::F32, Precision::Bf16] {
             for is_gathered in [false, true] {
                 Case::new(&[0, 31, 1, 0, 0, 97, 300, 0], [17, 43], is_gathered).check(&cpu, activation);
                 Case::new(&[5, 0, 257], [300, 7], is_gathered).check(&cpu, activation);
@@ -221,11 +221,11 @@ fn no_rows_and_no_columns_give_zeros_the_bias_or_nothing() {
         for (expert_rows, weight) in sizes {
             let case = Case::new(expert_rows, weight, false);
             // Rows of no width cannot be counted, so that only what the outputs hold is looked at.
-            let out = case.forward(&cpu, ActivationType::F32, Some(&case.bias));
+            let out = case.forward(&cpu, Precision::F32, Some(&case.bias));
             assert_same_bits(&out, &case.bias.repeat(case.num_dispatched()));
-            let dx = case.backward_input(&cpu, ActivationType::F32, Store::Set);
+            let dx = case.backward_input(&cpu, Precision::F32, Store::Set);
             assert_eq!(dx, vec![0.0; dx.len()]);
-            let dw = case.backward_weight(&cpu, ActivationType::F32, Store::Set);
+            let dw = case.backward_weight(&cpu, Precision::F32, Store::Set);
             for &start in &case.starts {
                 assert!(dw[start..start + case.rows * case.cols].iter().all(|&x| x == 0.0));
             }
@@ -236,7 +236,7 @@ fn no_rows_and_no_columns_give_zeros_the_bias_or_nothing() {
 #[test]
 fn all_products_have_the_same_bits_at_any_number_of_threads() {
     for isa in Isa::available() {
-        for activation in [ActivationType::F32, ActivationType::Bf16] {
+        for activation in [Precision::F32, Precision::Bf16] {
             for (expert_rows, weight) in [(&[1100][..], [97, 131]), (&[31, 0, 300, 5], [257, 97])] {
                 let case = Case::new(expert_rows, weight, true);
                 let expected = case.outputs(&Cpu::new(isa, 1), activation);

@@ -9,7 +9,7 @@ mod words;
 
 use serde_json::{Value, json};
 
-use crate::config::Architecture;
+use crate::network::config::Architecture;
 
 /// Special tokens of Qwen3, the last entries of its vocabulary.
 const QWEN3_SPECIAL: &[&str] = &["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"];

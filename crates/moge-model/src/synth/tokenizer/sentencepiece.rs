@@ -1,7 +1,7 @@
 //! A `tokenizer.model` with SentencePiece BPE, as the Pangu kinds have it.
 
 use super::words::joined_pieces;
-use crate::tokenizer::sentencepiece::{ModelProto, NormalizerSpec, Piece, PieceKind, TrainerSpec};
+use crate::text::tokenizer::sentencepiece::{ModelProto, NormalizerSpec, Piece, PieceKind, TrainerSpec};
 
 /// `<unk>`, which also pads.
 pub(super) const PAD_ID: usize = 0;

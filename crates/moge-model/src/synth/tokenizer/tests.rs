@@ -4,7 +4,7 @@ use tokenizers::Tokenizer;
 
 use super::*;
 use crate::TokenId;
-use crate::tokenizer::sentencepiece::{PieceKind, SentencePiece};
+use crate::text::tokenizer::sentencepiece::{PieceKind, SentencePiece};
 
 fn file(architecture: Architecture, vocab_size: usize) -> Vec<u8> {
     files(architecture, vocab_size).swap_remove(0).1

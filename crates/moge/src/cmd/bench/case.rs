@@ -4,7 +4,7 @@ use std::fmt;
 
 use anyhow::{Result, ensure};
 use moge_model::{
-    ActivationType, BLOCK_SIZE, Batch, BlockId, Cpu, KvCache, KvType, ModelConfig, SequenceRows, StepLimits, TokenId,
+    BLOCK_SIZE, Batch, BlockId, Cpu, KvCache, KvType, ModelConfig, Precision, SequenceRows, StepLimits, TokenId,
     Workspace,
 };
 
@@ -14,7 +14,7 @@ use crate::frontend::MAX_BATCHED_TOKENS;
 /// How activations and KV cache are stored.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Numbers {
-    pub(crate) activation: ActivationType,
+    pub(crate) activation: Precision,
     pub(crate) kv: KvType,
 }
 

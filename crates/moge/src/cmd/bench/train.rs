@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use indicatif::DecimalBytes;
 use moge_kernels::{IGNORED_TARGET, f32_flops_per_s};
-use moge_model::{ActivationType, Cpu, Isa, ModelConfig, available_threads};
+use moge_model::{Cpu, Isa, ModelConfig, Precision, available_threads};
 use moge_train::{
     Layout, LossConfig, MAX_ROWS, Optimizer, OptimizerConfig, TokenBatch, TokenFile, TrainMemory, TrainNetwork,
     TrainState, Workspace, load_weights,
@@ -88,8 +88,8 @@ pub(super) fn run(args: &TrainBenchArgs) -> Result<()> {
     let mut state = TrainState::new(load_weights(&args.model, &config, &Layout::new(&config))?);
     let cpu = Cpu::new(Isa::select()?, args.threads.unwrap_or_else(available_threads));
     let activation = match args.dtype {
-        ComputeType::F32 => ActivationType::F32,
-        ComputeType::Bf16 => ActivationType::Bf16,
+        ComputeType::F32 => Precision::F32,
+        ComputeType::Bf16 => Precision::Bf16,
     };
     let work = Workspace::new(&cpu, &config, activation, num_rows, args.recompute);
     let loss = LossConfig { aux: 0.001, z: 0.0 };

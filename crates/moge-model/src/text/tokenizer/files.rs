@@ -5,7 +5,8 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::TokenizerError;
-use crate::{TokenId, files};
+use crate::TokenId;
+use crate::checkpoint::files;
 
 /// Fields that name one special token each, as the files spell them.
 const NAMED_TOKENS: [&str; 7] =

@@ -6,9 +6,9 @@ use moge_kernels::{Dtype, RopeLayout};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use crate::checkpoint_writer::JOURNAL_NAME;
-use crate::files;
-use crate::quant_scheme::QuantScheme;
+use crate::checkpoint::files;
+use crate::checkpoint::quant_scheme::QuantScheme;
+use crate::checkpoint::writer::JOURNAL_NAME;
 
 /// No size in a config may exceed this; keeps every product of three sizes inside 64 bits.
 const MAX_SIZE: u64 = 1 << 21;

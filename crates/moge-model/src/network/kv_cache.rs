@@ -1,8 +1,8 @@
 //! Storage of keys and values for all layers; who gets which block is decided elsewhere.
 
 use moge_kernels::{
-    ActivationType, AttentionLimits, AttentionScratch, Cpu, KvType, PagedKv, QkvParams, RopeAngles, RopeHead,
-    SequenceRows, write_qkv,
+    AttentionLimits, AttentionScratch, Cpu, KvType, PagedKv, Precision, QkvParams, RopeAngles, RopeHead, SequenceRows,
+    write_qkv,
 };
 
 use crate::{BLOCK_SIZE, ModelConfig};
@@ -39,7 +39,7 @@ impl KvCache {
             // Two numbers of each head turn, by nothing.
             angles: RopeAngles { cos: &vec![1.0; num_rows], sin: &vec![0.0; num_rows] },
             rope: RopeHead { head_dim: config.head_dim, rotary_dim: 2, layout: config.rope.layout },
-            activation: ActivationType::F32,
+            activation: Precision::F32,
         };
         let mut q = vec![0.0; num_rows * config.q_size()];
         for layer in &mut self.layers {

@@ -1,14 +1,14 @@
 //! Scratch memory of a step, and what a step leaves for its caller.
 
-use moge_kernels::{ActivationType, AttentionLimits, AttentionScratch, QuantizedRows, rope_angles};
+use moge_kernels::{AttentionLimits, AttentionScratch, Precision, QuantizedRows, rope_angles};
 
-use crate::router::{Dispatch, Route};
+use crate::network::router::{Dispatch, Route};
 use crate::{BLOCK_SIZE, Batch, ExpertId, MlpConfig, ModelConfig, Profile};
 
 /// Scratch memory of a step. Allocated once: a step only changes lengths, within the capacity reserved here.
 #[derive(Debug)]
 pub struct Workspace {
-    pub(crate) activation: ActivationType,
+    pub(crate) activation: Precision,
     pub(crate) num_rows: usize,
     limits: StepLimits,
     pub(crate) widths: Widths,
@@ -149,7 +149,7 @@ impl Widths {
 
 impl Workspace {
     /// Scratch for steps within `limits`.
-    pub fn new(config: &ModelConfig, activation: ActivationType, limits: StepLimits) -> Workspace {
+    pub fn new(config: &ModelConfig, activation: Precision, limits: StepLimits) -> Workspace {
         let widths = Widths::new(config);
         let rows = |width: usize| Vec::with_capacity(limits.max_rows * width);
         Workspace {

@@ -7,9 +7,9 @@ use half::{bf16, f16};
 use moge_kernels::{Cpu, Dtype, Elements, Isa, Matrix, PANEL_ROWS, PackedFormat, PackedMatrix, pack_panel};
 use safetensors::tensor::Dtype as StoredDtype;
 
-use crate::checkpoint::{Checkpoint, CheckpointError, Storage, StoredTensor, TensorProblem};
-use crate::config::{MlpConfig, ModelConfig, MoeConfig, NormPlacement};
-use crate::quant_scheme::{QuantScheme, WeightRole, format_name};
+use crate::checkpoint::quant_scheme::{QuantScheme, WeightRole, format_name};
+use crate::checkpoint::reader::{Checkpoint, CheckpointError, Storage, StoredTensor, TensorProblem};
+use crate::network::config::{MlpConfig, ModelConfig, MoeConfig, NormPlacement};
 
 /// A large tensor, used where it lies in the checkpoint's file, or packed: `[rows, cols]`.
 #[derive(Clone, Debug)]

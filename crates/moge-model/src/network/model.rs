@@ -3,14 +3,14 @@
 use std::path::Path;
 
 use moge_kernels::{
-    ActivationType, AttentionRows, Cpu, ExpertsDown, GroupedRows, PackedProduct, PagedKv, QkvParams, QuantizedRows,
+    AttentionRows, Cpu, ExpertsDown, GroupedRows, PackedProduct, PagedKv, Precision, QkvParams, QuantizedRows,
     RmsNormParams, RopeAngles, RopeHead, add, combine, embed, gemm, grouped_gemm, grouped_swiglu, packed_experts_down,
     packed_gemm, packed_swiglu, paged_attention, rms_norm, rms_norm_in_place, rope_inverse_frequencies, write_qkv,
 };
 use thiserror::Error;
 
-use crate::router::route_token;
-use crate::weights::{Experts, Layer, LayerMlp, Linear, Network, Swiglu, Weight, WeightView};
+use crate::network::router::route_token;
+use crate::network::weights::{Experts, Layer, LayerMlp, Linear, Network, Swiglu, Weight, WeightView};
 use crate::{
     Batch, Checkpoint, CheckpointError, ConfigError, KvCache, LoadMode, MlpConfig, ModelConfig, MoeConfig, Operator,
     QuantScheme, RopeConfig, WeightBytes, Workspace,
@@ -155,7 +155,7 @@ impl Model {
         linears(cpu, Input::new(cpu, attention, quantized, &layer.o.weight), [(projected, &layer.o)]);
         work.profile.mark(Operator::OutputProjection);
         if let Some(post_norms) = &layer.post_norms {
-            rms_norm_in_place(cpu, projected, &post_norms.attention, eps, ActivationType::F32);
+            rms_norm_in_place(cpu, projected, &post_norms.attention, eps, Precision::F32);
         }
         add(cpu, hidden, projected);
         work.profile.mark(Operator::Norm);
@@ -183,7 +183,7 @@ impl Model {
                 work.profile.mark(Operator::DenseMlp);
                 if let Some(post_norms) = &layer.post_norms {
                     let eps = self.config.rms_norm_eps;
-                    rms_norm_in_place(cpu, &mut work.projected, &post_norms.mlp, eps, ActivationType::F32);
+                    rms_norm_in_place(cpu, &mut work.projected, &post_norms.mlp, eps, Precision::F32);
                 }
                 add(cpu, &mut work.hidden, &work.projected);
                 work.profile.mark(Operator::Norm);

@@ -15,7 +15,7 @@ use minijinja::{Environment, ErrorKind};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use crate::tokenizer::files::{TokenizerFiles, read_optional};
+use crate::text::tokenizer::files::{TokenizerFiles, read_optional};
 use crate::{Architecture, TokenId, Tokenizer, TokenizerError};
 use engine::{Raised, describe, jinja_value, run_bounded};
 

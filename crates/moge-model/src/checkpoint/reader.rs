@@ -11,8 +11,8 @@ use safetensors::tensor::{Dtype as StoredDtype, Metadata};
 use serde_json::Value;
 use thiserror::Error;
 
-use crate::checkpoint_writer::{INDEX_NAME, SINGLE_SHARD_NAME};
-use crate::files;
+use crate::checkpoint::files;
+use crate::checkpoint::writer::{INDEX_NAME, SINGLE_SHARD_NAME};
 
 /// Bytes read by one thread at a time.
 const READ_CHUNK_BYTES: usize = 16 << 20;

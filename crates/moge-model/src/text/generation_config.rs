@@ -5,7 +5,8 @@ use std::path::Path;
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use crate::{TokenId, files};
+use crate::TokenId;
+use crate::checkpoint::files;
 
 /// What `generation_config.json` states; nothing if there is no such file.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -1,6 +1,6 @@
 //! What a step reads of the weights: their sizes as they are stored, by what uses them.
 
-use crate::weights::{Experts, Layer, LayerMlp, Network, Swiglu};
+use crate::network::weights::{Experts, Layer, LayerMlp, Network, Swiglu};
 
 /// Bytes of the stored matrices. Biases, norms and rows of the embedding, a fraction of a percent, are left out.
 #[derive(Clone, Debug, PartialEq, Eq)]

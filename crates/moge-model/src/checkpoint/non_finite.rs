@@ -2,7 +2,7 @@
 
 use safetensors::tensor::Dtype as StoredDtype;
 
-use crate::checkpoint::StoredTensor;
+use crate::checkpoint::reader::StoredTensor;
 
 /// How many elements of a tensor are not finite.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -38,7 +38,7 @@ fn count<T: Ord + Copy, const N: usize>(bytes: &[u8], magnitude: fn([u8; N]) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::{Checkpoint, LoadMode};
+    use crate::checkpoint::reader::{Checkpoint, LoadMode};
     use crate::{CheckpointWriter, PlannedTensor};
     use half::{bf16, f16};
 
