@@ -1,6 +1,6 @@
 //! Numbers for those who watch an engine.
 
-use moge_model::{MlpConfig, ModelConfig};
+use moge_model::ModelConfig;
 
 /// What an engine holds now, and totals since its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,10 +36,10 @@ pub struct ExpertLoad {
 impl ExpertLoad {
     /// Nothing counted yet; `None` if the model has no routed experts.
     pub(crate) fn new(config: &ModelConfig) -> Option<ExpertLoad> {
-        let MlpConfig::GroupedExperts(moe) = &config.mlp else { return None };
+        let moe = config.moe()?;
         Some(ExpertLoad {
-            counts: vec![0; config.num_layers * moe.num_experts],
-            num_expert_groups: moe.num_expert_groups,
+            counts: vec![0; config.num_routed_layers() * moe.num_experts],
+            num_expert_groups: moe.num_expert_groups(),
             experts_per_group: moe.experts_per_group(),
         })
     }

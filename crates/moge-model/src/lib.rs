@@ -1,11 +1,13 @@
 //! The network: checkpoint files to weights to logits. Knows nothing of requests.
 
+mod arch;
 mod checkpoint;
 mod ids;
 mod network;
 pub mod synth;
 mod text;
 
+pub use arch::spec::ToolFormat;
 pub use checkpoint::files::{open_file, read_file, small_files};
 pub use checkpoint::non_finite::{NonFinite, count_non_finite};
 pub use checkpoint::quant_scheme::{QuantScheme, WeightRole, format_from_name, format_name};
@@ -19,11 +21,14 @@ pub use moge_kernels::{
     BlockId, Cpu, Dtype, Isa, KvType, MAX_THREADS, PackedFormat, Precision, SequenceRows, available_threads,
 };
 pub use network::batch::Batch;
-pub use network::config::{Architecture, ConfigError, MlpConfig, ModelConfig, MoeConfig, NormPlacement, RopeConfig};
+pub use network::config::{
+    Architecture, ConfigError, LayerConfig, MlpConfig, ModelConfig, MoeConfig, NormPlacement, RopeConfig, RopeScaling,
+    Router,
+};
 pub use network::kv_cache::KvCache;
 pub use network::model::{LoadError, Model};
 pub use network::profile::{Operator, Profile};
-pub use network::router::{Dispatch, Route, route_token};
+pub use network::router::{Dispatch, Route, route_token, weigh_routes};
 pub use network::weight_bytes::{LayerBytes, WeightBytes};
 pub use network::weights::{Experts, Layer, LayerMlp, Linear, Network, PostNorms, Swiglu, TensorSource, Weight};
 pub use network::weights::{PackedSpec, TensorSpec, expected_tensors, source_name, stored_bytes, tensor_problems};

@@ -123,12 +123,12 @@ fn quantised_weights_keep_to_the_same_rule_in_every_format() {
         num_q_heads: 4,
         num_kv_heads: 2,
         head_dim: 16,
-        mlp: SynthMlp::GroupedExperts {
+        mlp: SynthMlp::Experts {
             num_experts: 6,
             num_expert_groups: 3,
             experts_per_token: 3,
             expert_intermediate_size: 32,
-            shared_intermediate_size: 160,
+            shared_intermediate_size: Some(160),
         },
         vocab_size: 500,
         max_position_embeddings: 256,

@@ -32,7 +32,7 @@ impl Steps<'_> {
             work.record_trace();
         }
         let mut logits = Vec::new();
-        let mut expert_ids = vec![Vec::new(); config.num_layers];
+        let mut expert_ids = vec![Vec::new(); config.num_layers()];
         for (chunk, tokens) in self.tokens.chunks(7).enumerate() {
             let num_rows = tokens.len();
             let block_table = (0..num_blocks as u32).map(BlockId).collect();
@@ -47,7 +47,7 @@ impl Steps<'_> {
             };
             self.model.forward(&cpu, &batch, &mut kv_cache, &mut work);
             logits.extend(work.logits().iter().map(|x| x.to_bits()));
-            let layer_len = work.expert_ids().len() / config.num_layers;
+            let layer_len = work.expert_ids().len() / config.num_layers();
             for (all, layer) in expert_ids.iter_mut().zip(work.expert_ids().chunks(layer_len.max(1))) {
                 all.extend(layer);
             }

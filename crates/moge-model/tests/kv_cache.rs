@@ -40,8 +40,8 @@ fn a_block_takes_its_numbers_and_for_int8_their_scales() {
     let golden = Golden::load("pangu-pro-moe-k2");
     let config = golden.model.config();
     let width = config.head_dim.next_multiple_of(16);
-    let num_heads = 2 * config.num_layers * BLOCK_SIZE * config.num_kv_heads;
-    let note_bytes = config.num_layers * size_of::<u64>();
+    let num_heads = 2 * config.num_layers() * BLOCK_SIZE * config.num_kv_heads;
+    let note_bytes = config.num_layers() * size_of::<u64>();
     for (kv_type, head_bytes) in [(KvType::F32, 4 * width), (KvType::Bf16, 2 * width), (KvType::Int8, width + 4)] {
         assert_eq!(KvCache::block_bytes(config, kv_type), (num_heads * head_bytes + note_bytes) as u64);
     }

@@ -51,7 +51,7 @@ fn experts_hit_counts_the_experts_that_rows_went_to_in_the_last_step() {
         let chosen = steps.work.trace().unwrap().routes.iter();
         let expected: Vec<usize> =
             chosen.map(|routes| routes.iter().map(|route| route.expert).collect::<HashSet<ExpertId>>().len()).collect();
-        assert_eq!(expected.len(), model.config().num_layers);
+        assert_eq!(expected.len(), model.config().num_layers());
         assert_eq!(steps.work.experts_hit(), expected);
         for (rows, routes) in steps.work.rows_per_expert().chunks_exact(10).zip(&steps.work.trace().unwrap().routes) {
             let num_rows = |expert| routes.iter().filter(|route| route.expert.0 == expert).count();
@@ -106,7 +106,7 @@ fn weight_bytes_are_those_of_the_checkpoint_by_what_uses_them() {
             tensors.filter(|(_, tensor)| tensor.shape().len() == 2).map(|(_, tensor)| tensor.bytes().len() as u64).sum()
         };
         let weights = model.weight_bytes();
-        assert_eq!(weights.layers.len(), model.config().num_layers);
+        assert_eq!(weights.layers.len(), model.config().num_layers());
         let tied = model.config().tie_word_embeddings;
         let head = if tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
         assert_eq!(weights.head, stored(&|name| name == head), "{case}");

@@ -7,15 +7,15 @@ mod common;
 use std::path::Path;
 
 use common::run_whole;
-use moge_model::synth::{PRESETS, SynthConfig, write_checkpoint};
+use moge_model::synth::{SynthConfig, presets, write_checkpoint};
 use moge_model::{
-    Architecture, ChatRequest, ChatTemplate, GenerationDefaults, LoadMode, MlpConfig, Model, ModelConfig, Precision,
-    Prefix, TokenId, Tokenizer, eos_token_ids,
+    Architecture, ChatRequest, ChatTemplate, GenerationDefaults, LoadMode, Model, ModelConfig, Precision, Prefix,
+    TokenId, Tokenizer, eos_token_ids,
 };
 use serde_json::json;
 
 fn preset(architecture: Architecture, name: &str) -> SynthConfig {
-    let found = PRESETS.iter().find(|preset| preset.config.architecture == architecture && preset.name == name);
+    let found = presets().find(|preset| preset.config.architecture == architecture && preset.name == name);
     found.unwrap().config
 }
 
@@ -56,7 +56,7 @@ fn every_layer_routes_near_uniformly_inside_every_expert_group() {
     let dir = tempfile::tempdir().unwrap();
     let config = write(dir.path(), Architecture::PanguProMoe, "small");
     let model = Model::load(dir.path(), LoadMode::Mmap, &|_, _| ()).unwrap();
-    let MlpConfig::GroupedExperts(moe) = model.config().mlp else { panic!("no experts") };
+    let moe = *model.config().moe().unwrap();
     let tokens = spread_tokens(config.vocab_size, 1200);
     let run = run_whole(&model, &tokens, Precision::F32);
     let fair_share = tokens.len() / moe.experts_per_group();
@@ -78,7 +78,9 @@ fn tokenizers_fit_their_network_and_begin_texts_as_it_expects() {
         (Architecture::PanguProMoe, vec!["<s>"]),
         (Architecture::PanguEmbedded, vec!["<s>"]),
         (Architecture::Qwen3, vec![]),
+        (Architecture::Qwen3Moe, vec![]),
         (Architecture::Glm4, vec!["[gMASK]", "<sop>"]),
+        (Architecture::Llama, vec![]),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let config = write(dir.path(), architecture, "tiny");
@@ -97,8 +99,9 @@ fn tokenizers_fit_their_network_and_begin_texts_as_it_expects() {
             eos_token_ids(&named, &generation, Some(&tokenizer)).into_iter().map(|id| tokenizer.piece(id)).collect();
         let expected = match architecture {
             Architecture::PanguProMoe | Architecture::PanguEmbedded => vec!["[unused10]"],
-            Architecture::Qwen3 => vec!["<|im_end|>", "<|endoftext|>"],
+            Architecture::Qwen3 | Architecture::Qwen3Moe => vec!["<|im_end|>", "<|endoftext|>"],
             Architecture::Glm4 => vec!["<|endoftext|>", "<|user|>", "<|observation|>"],
+            Architecture::Llama => vec!["<|im_end|>"],
         };
         assert_eq!(eos, expected);
     }
@@ -111,6 +114,10 @@ fn chat_templates_render_turns_of_single_tokens() {
         (Architecture::PanguProMoe, "[unused9]系统：S[unused10][unused9]用户：U[unused10][unused9]助手："),
         (
             Architecture::Qwen3,
+            "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (
+            Architecture::Llama,
             "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n",
         ),
         (Architecture::Glm4, "[gMASK]<sop><|system|>\nS<|user|>\nU<|assistant|>\n"),

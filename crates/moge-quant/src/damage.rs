@@ -132,7 +132,7 @@ pub(crate) fn role_name(role: WeightRole) -> &'static str {
         WeightRole::Embedding => "embedding",
         WeightRole::Attention => "attention",
         WeightRole::Router => "router",
-        WeightRole::Mlp => "mlp",
+        WeightRole::RoutedExpert | WeightRole::DenseMlp => "mlp",
         WeightRole::SharedExpert => "shared_expert",
         WeightRole::Head => "lm_head",
     }

@@ -2,8 +2,7 @@
 
 use moge_kernels::{Cpu, KvType, Precision};
 use moge_model::{
-    BLOCK_SIZE, Batch, BlockId, KvCache, MlpConfig, Model, ModelConfig, Route, SequenceRows, StepLimits, TokenId,
-    Workspace,
+    BLOCK_SIZE, Batch, BlockId, KvCache, Model, ModelConfig, Route, SequenceRows, StepLimits, TokenId, Workspace,
 };
 use serde::Serialize;
 
@@ -80,10 +79,7 @@ impl Side {
 
     /// Experts of a layer, and of them those that a token takes.
     fn expert_counts(&self) -> Option<(usize, usize)> {
-        match &self.model.config().mlp {
-            MlpConfig::Dense { .. } => None,
-            MlpConfig::GroupedExperts(moe) => Some((moe.num_experts, moe.experts_per_token())),
-        }
+        self.model.config().moe().map(|moe| (moe.num_experts, moe.experts_per_token()))
     }
 }
 

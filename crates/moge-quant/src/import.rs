@@ -294,7 +294,7 @@ impl Search<'_> {
             None => "is described as int8; it must be FLOAT (F32, F16, BF16)".to_owned(),
             Some(role) => {
                 let option = match role {
-                    WeightRole::Mlp => "scheme".to_owned(),
+                    WeightRole::RoutedExpert | WeightRole::DenseMlp => "scheme".to_owned(),
                     role => role_name(role).replace('_', "-"),
                 };
                 format!("int8 weights cannot stay as they are; give --{option} w8a8 or w4a8")

@@ -9,7 +9,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use futures_util::{StreamExt, stream};
 use moge_engine::{FinishReason, RowLogprobs, SequenceOutput};
-use moge_model::{MlpConfig, ModelConfig, Tokenizer};
+use moge_model::{ModelConfig, Tokenizer};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -83,15 +83,15 @@ pub(crate) fn finish_reason(reason: FinishReason) -> Result<&'static str, ApiErr
 #[derive(Debug)]
 pub(crate) struct ExpertIds {
     ids: Vec<u8>,
-    /// Ids of a token, `[layer, expert group, top_k_per_group]`.
+    /// Ids of a token, `[routed layer, expert group, top_k_per_group]`.
     token_shape: [usize; 3],
 }
 
 impl ExpertIds {
     /// For a model with routed experts; `None` for others.
     pub(crate) fn new(config: &ModelConfig) -> Option<ExpertIds> {
-        let MlpConfig::GroupedExperts(moe) = &config.mlp else { return None };
-        let token_shape = [config.num_layers, moe.num_expert_groups, moe.top_k_per_group];
+        let moe = config.moe()?;
+        let token_shape = [config.num_routed_layers(), moe.num_expert_groups(), moe.top_k_per_group()];
         Some(ExpertIds { ids: Vec::new(), token_shape })
     }
 

@@ -17,7 +17,7 @@
 
 mod call;
 
-use moge_model::{Architecture, thinking_delimiters};
+use moge_model::{Architecture, ToolFormat, thinking_delimiters};
 
 use call::{CallParser, Progress};
 pub(crate) use call::{MAX_NAME_LEN, is_name_char};
@@ -43,46 +43,6 @@ pub(crate) enum Delta {
         /// The text.
         text: String,
     },
-}
-
-/// How a network writes tool calls.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum ToolFormat {
-    /// One list of calls.
-    Pangu,
-    /// Each call by itself: the form of Hermes.
-    Qwen3,
-    /// The name on a line of its own.
-    Glm4,
-}
-
-impl ToolFormat {
-    /// The form that a network was trained on.
-    pub(crate) fn of(architecture: Architecture) -> ToolFormat {
-        match architecture {
-            Architecture::PanguProMoe | Architecture::PanguEmbedded => ToolFormat::Pangu,
-            Architecture::Qwen3 => ToolFormat::Qwen3,
-            Architecture::Glm4 => ToolFormat::Glm4,
-        }
-    }
-
-    /// What stands before a call, or a list of them. GLM-4 writes it before all but the first.
-    pub(crate) fn open(self) -> &'static str {
-        match self {
-            ToolFormat::Pangu => "[unused11]",
-            ToolFormat::Qwen3 => "<tool_call>",
-            ToolFormat::Glm4 => "<|assistant|>",
-        }
-    }
-
-    /// What stands after it.
-    pub(crate) fn close(self) -> Option<&'static str> {
-        match self {
-            ToolFormat::Pangu => Some("[unused12]"),
-            ToolFormat::Qwen3 => Some("</tool_call>"),
-            ToolFormat::Glm4 => None,
-        }
-    }
 }
 
 /// Takes one answer apart. What is held back is what may still be the beginning of a marker, or a tool call whose name
@@ -132,7 +92,7 @@ impl OutputParser {
         OutputParser {
             thinking: thinking_delimiters(architecture),
             architecture,
-            tool_format: tools_allowed.then(|| ToolFormat::of(architecture)),
+            tool_format: tools_allowed.then(|| architecture.tool_format()),
             place: if starts_in_thinking { Place::Thinking { begun: false } } else { Place::Start },
             blank: String::new(),
             candidate: String::new(),
@@ -273,7 +233,7 @@ impl OutputParser {
     fn hold_whitespace(&mut self, c: char) {
         let is_layout = match self.place {
             // GLM-4 begins a turn's text on the line after the speaker's name.
-            Place::Start => self.architecture == Architecture::Glm4 && c == '\n' && self.blank.is_empty(),
+            Place::Start => self.architecture.begins_on_new_line() && c == '\n' && self.blank.is_empty(),
             Place::AfterThinking | Place::Thinking { begun: false } => true,
             Place::Thinking { begun: true } | Place::Content | Place::Call(_) | Place::AfterCall { .. } => false,
         };

@@ -7,11 +7,10 @@
 mod lark;
 pub(crate) mod tools;
 
-use moge_model::{Architecture, TokenId, thinking_delimiters};
+use moge_model::{Architecture, TokenId, ToolFormat, thinking_delimiters};
 use serde_json::{Value, json};
 use thiserror::Error;
 
-use crate::output::ToolFormat;
 use lark::{json_schema, regex, string};
 use tools::{Tool, ToolChoice};
 
@@ -117,7 +116,7 @@ impl GrammarMarkers {
     pub(crate) fn new(architecture: Architecture, id_of: impl Fn(&str) -> Option<TokenId>) -> GrammarMarkers {
         let marker = |text| id_of(text).map_or(Marker::Text(text), Marker::Token);
         let (thinking_open, thinking_close) = thinking_delimiters(architecture);
-        let tool_format = ToolFormat::of(architecture);
+        let tool_format = architecture.tool_format();
         GrammarMarkers {
             architecture,
             tool_format,
@@ -211,11 +210,11 @@ fn guided_choice(choices: &[String]) -> Result<String, StructuredError> {
 /// `start`, which is the thinking if there is any, then `body`.
 fn lead_in(markers: &GrammarMarkers, thinking: ThinkingPhase) -> String {
     // GLM-4 begins a turn's text on the line after the speaker's name.
-    let is_glm4 = markers.architecture == Architecture::Glm4;
+    let on_new_line = markers.architecture.begins_on_new_line();
     let start = match thinking {
-        ThinkingPhase::Absent if is_glm4 => "start: \"\\n\"? body\n",
+        ThinkingPhase::Absent if on_new_line => "start: \"\\n\"? body\n",
         ThinkingPhase::Absent => "start: body\n",
-        ThinkingPhase::MayOpen if is_glm4 => "start: (opened_thinking | \"\\n\")? body\n",
+        ThinkingPhase::MayOpen if on_new_line => "start: (opened_thinking | \"\\n\")? body\n",
         ThinkingPhase::MayOpen => "start: opened_thinking? body\n",
         ThinkingPhase::Open => "start: thinking body\n",
     };

@@ -28,7 +28,7 @@ fn fill(weights: &mut [f32], ParamTensor { name, .. }: &ParamTensor, config: &Mo
     }
     let mut deviation = (0.4 / config.hidden_size as f32).sqrt();
     if ends_with(&["o_proj.weight", "down_proj.weight"]) {
-        deviation /= (2.0 * config.num_layers as f32).sqrt();
+        deviation /= (2.0 * config.num_layers() as f32).sqrt();
     }
     weights.copy_from_slice(&TensorRng::new(seed, name).numbers(Uniform::with_deviation(deviation), weights.len()));
 }

@@ -19,9 +19,9 @@ use std::ops::Range;
 
 use moge_kernels::{
     Cpu, Elements, Matrix, PieceAttentionScratch, Products, RopeAngles, Store, cross_entropy, embed, embed_backward,
-    rope_angles, rope_inverse_frequencies,
+    rope_angles,
 };
-use moge_model::{ExpertId, Layer, LayerMlp, MlpConfig, ModelConfig, MoeConfig, Swiglu};
+use moge_model::{ExpertId, Layer, LayerMlp, ModelConfig, MoeConfig, Swiglu};
 
 use crate::batch::TokenBatch;
 pub use routing::RoutingLosses;
@@ -53,7 +53,7 @@ struct LayerPlaces {
 struct ExpertPlaces {
     moe: MoeConfig,
     router: MatrixSpan,
-    router_scale: Range<usize>,
+    router_scale: Option<Range<usize>>,
     /// Where `[gate; up]` of each expert begins.
     gate_up_starts: Vec<usize>,
     down_starts: Vec<usize>,
@@ -112,15 +112,15 @@ struct Tools<'a> {
 
 impl LayerPlaces {
     fn new(config: &ModelConfig, spans: Layer<MatrixSpan, Range<usize>>) -> LayerPlaces {
-        let experts = match (&spans.mlp, &config.mlp) {
-            (LayerMlp::GroupedExperts(experts), MlpConfig::GroupedExperts(moe)) => Some(ExpertPlaces {
-                moe: *moe,
+        let experts = match &spans.mlp {
+            LayerMlp::Experts(experts) => Some(ExpertPlaces {
+                moe: *config.moe().expect("a layer has experts"),
                 router: experts.router,
                 router_scale: experts.router_scale.clone(),
                 gate_up_starts: experts.routed.iter().map(|e| MatrixSpan::joined(e.gate_up).start).collect(),
                 down_starts: experts.routed.iter().map(|e| e.down.start).collect(),
             }),
-            _ => None,
+            LayerMlp::Dense(_) => None,
         };
         LayerPlaces { spans, experts }
     }
@@ -129,7 +129,7 @@ impl LayerPlaces {
     fn dense(&self) -> &Swiglu<MatrixSpan> {
         match &self.spans.mlp {
             LayerMlp::Dense(mlp) => mlp,
-            LayerMlp::GroupedExperts(experts) => &experts.shared,
+            LayerMlp::Experts(experts) => experts.shared.as_ref().expect("a shared expert"),
         }
     }
 }
@@ -144,7 +144,7 @@ impl TrainNetwork {
             layers: layers.into_iter().map(|spans| LayerPlaces::new(config, spans)).collect(),
             final_norm,
             head,
-            inverse_frequencies: rope_inverse_frequencies(config.rope.theta, config.rope.rotary_dim),
+            inverse_frequencies: config.rope.inverse_frequencies(),
         }
     }
 
@@ -162,7 +162,7 @@ impl TrainNetwork {
             let spans = &layer.spans;
             let projections: u64 = [&spans.q, &spans.k, &spans.v, &spans.o].iter().map(|p| dense(&p.weight)).sum();
             let routed = match &spans.mlp {
-                LayerMlp::GroupedExperts(experts) => {
+                LayerMlp::Experts(experts) => {
                     let per_token = layer.experts.as_ref().map_or(0, |e| e.moe.experts_per_token() as u64);
                     per_token * swiglu(&experts.routed[0])
                 }

@@ -69,7 +69,7 @@ impl Report {
     /// If it does not divide the number of experts.
     pub fn num_devices(&self) -> Result<usize, ReportError> {
         let Some(moe) = &self.moe else { return Ok(1) };
-        let found = self.num_devices.unwrap_or(moe.num_expert_groups);
+        let found = self.num_devices.unwrap_or(moe.num_expert_groups());
         // 0 divides nothing; `is_multiple_of` says so.
         if !moe.num_experts.is_multiple_of(found) {
             return Err(ReportError::Devices { found, num_experts: moe.num_experts });
@@ -160,7 +160,7 @@ impl Page<'_> {
         writeln!(f, "tokens of the step; each device holds {} experts.", moe.num_experts / self.num_devices)?;
         writeln!(f, "It is 0 by construction where devices hold whole expert groups.</p>")?;
         writeln!(f, "<h2>Load of each expert inside its expert group</h2>")?;
-        let (num_groups, size, taken) = (moe.num_expert_groups, moe.experts_per_group(), moe.top_k_per_group);
+        let (num_groups, size, taken) = (moe.num_expert_groups(), moe.experts_per_group(), moe.top_k_per_group());
         writeln!(f, "<p>{num_groups} expert groups of {size} experts, of which a token takes {taken}. ")?;
         writeln!(f, "Grey is an even share of the expert group's rows.</p>")?;
         let key = "<span class=\"key more\">twice and more</span><span class=\"key less\">half and less</span>";
@@ -202,10 +202,10 @@ mod tests {
 
     const MOE: MoeConfig = MoeConfig {
         num_experts: 3,
-        num_expert_groups: 1,
-        top_k_per_group: 2,
+        router: moge_model::Router::GroupedSoftmax { num_expert_groups: 1, top_k_per_group: 2 },
+        router_scale: true,
         expert_intermediate_size: 5,
-        shared_intermediate_size: 7,
+        shared_intermediate_size: None,
     };
 
     /// The page for `num_steps` steps; the last one is `change`d.

@@ -4,7 +4,7 @@ use std::fmt::{self, Display, Formatter};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use moge_model::{CheckpointError, Cpu, MlpConfig};
+use moge_model::{CheckpointError, Cpu};
 use thiserror::Error;
 
 use crate::checkpoint::{Checkpoints, CheckpointsError, Damage, load_weights};
@@ -156,10 +156,7 @@ impl Session {
 
     /// What makes the report of a run.
     pub fn report(run: &RunConfig, num_devices: Option<usize>) -> Report {
-        let moe = match run.model.config.mlp {
-            MlpConfig::GroupedExperts(moe) => Some(moe),
-            MlpConfig::Dense { .. } => None,
-        };
+        let moe = run.model.config.moe().copied();
         Report {
             metrics: run.output.dir.join(METRICS_FILE),
             title: run.output.dir.display().to_string(),

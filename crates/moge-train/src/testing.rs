@@ -17,12 +17,12 @@ pub(crate) const SYNTH: SynthConfig = SynthConfig {
     num_q_heads: 4,
     num_kv_heads: 2,
     head_dim: 6,
-    mlp: SynthMlp::GroupedExperts {
+    mlp: SynthMlp::Experts {
         num_experts: 6,
         num_expert_groups: 2,
         experts_per_token: 2,
         expert_intermediate_size: 10,
-        shared_intermediate_size: 14,
+        shared_intermediate_size: Some(14),
     },
     vocab_size: 420,
     max_position_embeddings: 64,

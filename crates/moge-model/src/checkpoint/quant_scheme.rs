@@ -15,8 +15,10 @@ pub enum WeightRole {
     Attention,
     /// A router. Never quantised.
     Router,
-    /// A routed expert, or the MLP of a dense network.
-    Mlp,
+    /// A routed expert.
+    RoutedExpert,
+    /// The MLP of a layer without experts.
+    DenseMlp,
     /// The shared expert.
     SharedExpert,
     /// The output head.
@@ -67,7 +69,7 @@ impl QuantScheme {
         match role {
             WeightRole::Embedding | WeightRole::Router => None,
             WeightRole::Attention => self.attention,
-            WeightRole::Mlp => self.mlp,
+            WeightRole::RoutedExpert | WeightRole::DenseMlp => self.mlp,
             WeightRole::SharedExpert => self.shared_expert,
             WeightRole::Head => self.lm_head,
         }

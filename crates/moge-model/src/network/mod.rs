@@ -2,6 +2,7 @@
 
 pub(crate) mod batch;
 pub(crate) mod config;
+mod config_json;
 pub(crate) mod kv_cache;
 pub(crate) mod model;
 pub(crate) mod profile;

@@ -5,15 +5,15 @@ use std::path::Path;
 use moge_kernels::{
     AttentionRows, Cpu, ExpertsDown, GroupedRows, PackedProduct, PagedKv, Precision, QkvParams, QuantizedRows,
     RmsNormParams, RopeAngles, RopeHead, add, combine, embed, gemm, grouped_gemm, grouped_swiglu, packed_experts_down,
-    packed_gemm, packed_swiglu, paged_attention, rms_norm, rms_norm_in_place, rope_inverse_frequencies, write_qkv,
+    packed_gemm, packed_swiglu, paged_attention, rms_norm, rms_norm_in_place, write_qkv,
 };
 use thiserror::Error;
 
 use crate::network::router::route_token;
 use crate::network::weights::{Experts, Layer, LayerMlp, Linear, Network, Swiglu, Weight, WeightView};
 use crate::{
-    Batch, Checkpoint, CheckpointError, ConfigError, KvCache, LoadMode, MlpConfig, ModelConfig, MoeConfig, Operator,
-    QuantScheme, RopeConfig, WeightBytes, Workspace,
+    Batch, Checkpoint, CheckpointError, ConfigError, KvCache, LoadMode, ModelConfig, MoeConfig, Operator, QuantScheme,
+    RopeConfig, WeightBytes, Workspace,
 };
 
 /// Why a model cannot be loaded.
@@ -76,7 +76,7 @@ impl Model {
     }
 
     fn new(config: ModelConfig, network: Network, checkpoint: Checkpoint) -> Model {
-        let inverse_frequencies = rope_inverse_frequencies(config.rope.theta, config.rope.rotary_dim);
+        let inverse_frequencies = config.rope.inverse_frequencies();
         Model { config, network, inverse_frequencies, checkpoint }
     }
 
@@ -114,7 +114,7 @@ impl Model {
             self.attention(cpu, layer, batch, kv, work);
             if index == last && !work.is_traced() {
                 // After the last attention a row matters to nobody but its own logits; its experts can be asked for.
-                if let (LayerMlp::GroupedExperts(experts), false) = (&layer.mlp, batch.route_rows.is_empty()) {
+                if let (LayerMlp::Experts(experts), false) = (&layer.mlp, batch.route_rows.is_empty()) {
                     self.mlp_input(cpu, layer, work);
                     self.route(cpu, experts, work);
                     work.profile.mark(Operator::Router);
@@ -164,13 +164,18 @@ impl Model {
     /// `normed = norm(hidden)`: what the MLP of `layer` and its router read.
     fn mlp_input(&self, cpu: &Cpu, layer: &Layer, work: &mut Workspace) {
         let dense = match &layer.mlp {
-            LayerMlp::Dense(mlp) => mlp,
-            LayerMlp::GroupedExperts(experts) => &experts.shared,
+            LayerMlp::Dense(mlp) => Some(mlp),
+            LayerMlp::Experts(experts) => experts.shared.as_ref(),
         };
         let Workspace { hidden, normed, quantized, activation, .. } = work;
         let eps = self.config.rms_norm_eps;
         let norm = RmsNormParams { weight: &layer.mlp_norm, eps, activation: *activation };
-        Input::normed(cpu, normed, quantized, hidden, norm, &dense.gate_up[0]);
+        match dense {
+            Some(dense) => {
+                Input::normed(cpu, normed, quantized, hidden, norm, &dense.gate_up[0]);
+            }
+            None => rms_norm(cpu, normed, hidden, norm),
+        }
         work.profile.mark(Operator::Norm);
     }
 
@@ -188,7 +193,7 @@ impl Model {
                 add(cpu, &mut work.hidden, &work.projected);
                 work.profile.mark(Operator::Norm);
             }
-            LayerMlp::GroupedExperts(experts) => self.experts(cpu, experts, work),
+            LayerMlp::Experts(experts) => self.experts(cpu, experts, work),
         }
     }
 
@@ -198,7 +203,7 @@ impl Model {
         gemm(cpu, &mut work.router_logits, &work.normed, experts.router.matrix(), None);
         let rows = work.router_logits.chunks_exact_mut(moe.num_experts);
         for (logits, routes) in rows.zip(work.routes.chunks_exact_mut(moe.experts_per_token())) {
-            route_token(cpu.isa(), moe, logits, &experts.router_scale, routes);
+            route_token(cpu.isa(), moe, logits, experts.router_scale.as_deref(), routes);
         }
         work.record_routes();
     }
@@ -210,7 +215,10 @@ impl Model {
         work.dispatch.sort(self.moe_config(), &work.routes);
         work.rows_per_expert.extend(work.dispatch.rows_per_expert());
         work.profile.mark(Operator::Router);
-        dense_mlp(cpu, &experts.shared, work);
+        match &experts.shared {
+            Some(shared) => dense_mlp(cpu, shared, work),
+            None => work.projected.fill(0.0),
+        }
         work.profile.mark(Operator::SharedExpert);
         if experts.routed[0].down.is_packed() {
             packed_experts(cpu, experts, work);
@@ -221,10 +229,7 @@ impl Model {
     }
 
     fn moe_config(&self) -> &MoeConfig {
-        match &self.config.mlp {
-            MlpConfig::GroupedExperts(moe) => moe,
-            MlpConfig::Dense { .. } => unreachable!("only layers with experts ask"),
-        }
+        self.config.moe().expect("only layers with experts ask")
     }
 
     fn rope_head(&self) -> RopeHead {

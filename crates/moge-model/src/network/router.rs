@@ -15,22 +15,29 @@ pub struct Route {
 
 /// Choose the best `top_k_per_group` experts of every expert group for one token.
 ///
-/// Shapes: `logits`, `router_scale` `[num_experts]`; `routes` `[experts_per_token]`, expert group after expert group,
-/// inside each by falling probability. `weight = softmax(logits)[expert] * router_scale[expert]`: the softmax is over
-/// all experts, the choice is by its unscaled values, and nothing is renormalised after it (arXiv 2505.21411 §2.2;
-/// `router_scale` as the released weights use it). A tie goes to the lower expert id. NaN loses to any number.
+/// Shapes: `logits` `[num_experts]`, `router_scale` `[num_experts]` if the network has it; `routes`
+/// `[experts_per_token]`, expert group after expert group, inside each by falling probability.
+/// `weight = softmax(logits)[expert] * router_scale[expert]`: the softmax is over all experts, and the choice is by its
+/// unscaled values (arXiv 2505.21411 §2.2; `router_scale` as the released weights use it). A router that renormalises
+/// divides the weights by their sum; the others leave them. A tie goes to the lower expert id. NaN loses to any number.
 /// `logits` is left holding the softmax.
 ///
 /// # Panics
 /// If a length differs from `config`.
-pub fn route_token(isa: Isa, config: &MoeConfig, logits: &mut [f32], router_scale: &[f32], routes: &mut [Route]) {
+pub fn route_token(
+    isa: Isa,
+    config: &MoeConfig,
+    logits: &mut [f32],
+    router_scale: Option<&[f32]>,
+    routes: &mut [Route],
+) {
     assert_eq!(logits.len(), config.num_experts);
-    assert_eq!(router_scale.len(), config.num_experts);
+    assert!(router_scale.is_none_or(|scale| scale.len() == config.num_experts));
     assert_eq!(routes.len(), config.experts_per_token());
     softmax(isa, logits);
     let probs = &*logits;
     let group_size = config.experts_per_group();
-    for (group, chosen) in routes.chunks_exact_mut(config.top_k_per_group).enumerate() {
+    for (group, chosen) in routes.chunks_exact_mut(config.top_k_per_group()).enumerate() {
         let candidates = group * group_size..(group + 1) * group_size;
         for place in 0..chosen.len() {
             let (taken, rest) = chosen.split_at_mut(place);
@@ -38,8 +45,21 @@ pub fn route_token(isa: Isa, config: &MoeConfig, logits: &mut [f32], router_scal
             let is_better = |a: usize, b: usize| probs[a] > probs[b] || (probs[b].is_nan() && !probs[a].is_nan());
             let best = free.reduce(|best, e| if is_better(e, best) { e } else { best });
             let best = best.expect("top_k_per_group is at most the size of an expert group");
-            rest[0] = Route { expert: ExpertId(best as u32), weight: probs[best] * router_scale[best] };
+            rest[0] = Route { expert: ExpertId(best as u32), weight: 0.0 };
         }
+    }
+    weigh_routes(config, probs, router_scale, routes);
+}
+
+/// Give the chosen experts of one token their weights, as [`route_token`] says; `probs` is its softmax.
+pub fn weigh_routes(config: &MoeConfig, probs: &[f32], router_scale: Option<&[f32]>, routes: &mut [Route]) {
+    for route in &mut *routes {
+        let expert = route.expert.0 as usize;
+        route.weight = probs[expert] * router_scale.map_or(1.0, |scale| scale[expert]);
+    }
+    if config.router.renormalizes() {
+        let sum: f32 = routes.iter().map(|route| route.weight).sum();
+        routes.iter_mut().for_each(|route| route.weight /= sum);
     }
 }
 
@@ -106,18 +126,19 @@ impl Dispatch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Router;
 
     const CONFIG: MoeConfig = MoeConfig {
         num_experts: 10,
-        num_expert_groups: 2,
-        top_k_per_group: 3,
+        router: Router::GroupedSoftmax { num_expert_groups: 2, top_k_per_group: 3 },
+        router_scale: true,
         expert_intermediate_size: 1,
-        shared_intermediate_size: 1,
+        shared_intermediate_size: None,
     };
 
     fn routes_of(logits: [f32; 10], scale: [f32; 10]) -> Vec<Route> {
         let mut routes = [Route { expert: ExpertId(99), weight: 0.0 }; 6];
-        route_token(Isa::best(), &CONFIG, &mut logits.clone(), &scale, &mut routes);
+        route_token(Isa::best(), &CONFIG, &mut logits.clone(), Some(&scale), &mut routes);
         routes.to_vec()
     }
 
@@ -140,6 +161,23 @@ mod tests {
     }
 
     #[test]
+    fn a_router_that_renormalises_divides_by_the_sum_of_the_chosen() {
+        let logits = [0.1, 0.5, 0.3, -1.0, 0.4, 3.0, 9.0, 1.0, 2.0, 0.0];
+        let sum: f64 = [9.0f64, 3.0, 2.0].map(f64::exp).iter().sum();
+        for (renormalize, of_all) in
+            [(true, 1.0), (false, sum / logits.map(|x| f64::from(x).exp()).iter().sum::<f64>())]
+        {
+            let config = MoeConfig { router: Router::TopKSoftmax { top_k: 3, renormalize }, ..CONFIG };
+            let mut routes = [Route { expert: ExpertId(99), weight: 0.0 }; 3];
+            route_token(Isa::best(), &config, &mut logits.map(|x| x as f32), None, &mut routes);
+            assert_eq!(experts(&routes), [6, 5, 8]);
+            for (route, logit) in routes.iter().zip([9.0f64, 3.0, 2.0]) {
+                assert!((f64::from(route.weight) - logit.exp() / sum * of_all).abs() < 1e-6, "{route:?}");
+            }
+        }
+    }
+
+    #[test]
     fn ties_and_nans_go_to_the_lower_expert() {
         assert_eq!(experts(&routes_of([1.0; 10], [1.0; 10])), [0, 1, 2, 5, 6, 7]);
         assert_eq!(experts(&routes_of([f32::NAN; 10], [1.0; 10])), [0, 1, 2, 5, 6, 7]);
@@ -151,7 +189,8 @@ mod tests {
     #[test]
     fn dispatch_sorts_rows_by_expert_and_finds_them_again() {
         let route = |expert, weight| Route { expert: ExpertId(expert), weight };
-        let config = MoeConfig { num_experts: 4, num_expert_groups: 1, top_k_per_group: 2, ..CONFIG };
+        let router = Router::TopKSoftmax { top_k: 2, renormalize: false };
+        let config = MoeConfig { num_experts: 4, router, ..CONFIG };
         let routes = [route(3, 0.1), route(1, 0.2), route(1, 0.3), route(0, 0.4), route(3, 0.5), route(1, 0.6)];
         let mut dispatch = Dispatch::with_capacity(6, 4);
         let capacities = |d: &Dispatch| (d.offsets.capacity(), d.source_rows.capacity(), d.slots.capacity());

@@ -33,9 +33,9 @@ impl LayerBytes {
         let attention = [&layer.q, &layer.k, &layer.v, &layer.o].iter().map(|linear| linear.weight.num_bytes()).sum();
         match &layer.mlp {
             LayerMlp::Dense(mlp) => LayerBytes { attention, shared_mlp: swiglu_bytes(mlp), expert: 0 },
-            LayerMlp::GroupedExperts(Experts { router, routed, shared, .. }) => LayerBytes {
+            LayerMlp::Experts(Experts { router, routed, shared, .. }) => LayerBytes {
                 attention,
-                shared_mlp: router.num_bytes() + swiglu_bytes(shared),
+                shared_mlp: router.num_bytes() + shared.as_ref().map_or(0, swiglu_bytes),
                 // Experts of a layer are alike.
                 expert: routed.first().map_or(0, swiglu_bytes),
             },

@@ -7,9 +7,10 @@ use half::{bf16, f16};
 use moge_kernels::{Cpu, Dtype, Elements, Isa, Matrix, PANEL_ROWS, PackedFormat, PackedMatrix, pack_panel};
 use safetensors::tensor::Dtype as StoredDtype;
 
+use crate::arch::spec::TensorNames;
 use crate::checkpoint::quant_scheme::{QuantScheme, WeightRole, format_name};
 use crate::checkpoint::reader::{Checkpoint, CheckpointError, Storage, StoredTensor, TensorProblem};
-use crate::network::config::{MlpConfig, ModelConfig, MoeConfig, NormPlacement};
+use crate::network::config::{LayerConfig, MlpConfig, ModelConfig, MoeConfig, NormPlacement};
 
 /// A large tensor, used where it lies in the checkpoint's file, or packed: `[rows, cols]`.
 #[derive(Clone, Debug)]
@@ -222,8 +223,8 @@ pub struct Linear<M = Weight, V = Vec<f32>> {
 pub enum LayerMlp<M = Weight, V = Vec<f32>> {
     /// One SwiGLU.
     Dense(Swiglu<M>),
-    /// Routed experts and a shared one.
-    GroupedExperts(Experts<M, V>),
+    /// Routed experts, and perhaps a shared one.
+    Experts(Experts<M, V>),
 }
 
 /// `down(silu(gate(x)) * up(x))`.
@@ -240,12 +241,12 @@ pub struct Swiglu<M = Weight> {
 pub struct Experts<M = Weight, V = Vec<f32>> {
     /// The router, `[num_experts, hidden_size]`.
     pub router: M,
-    /// Learned factor of each expert's weight, `[num_experts]`.
-    pub router_scale: V,
+    /// Learned factor of each expert's weight, `[num_experts]`, where the network has it.
+    pub router_scale: Option<V>,
     /// Routed experts in order; an expert group is a run of `experts_per_group`.
     pub routed: Vec<Swiglu<M>>,
-    /// The shared expert.
-    pub shared: Swiglu<M>,
+    /// The shared expert, if there is one.
+    pub shared: Option<Swiglu<M>>,
 }
 
 impl<M: Clone, V> Network<M, V> {
@@ -253,7 +254,7 @@ impl<M: Clone, V> Network<M, V> {
     pub fn build<S: TensorSource<Matrix = M, Vector = V>>(config: &ModelConfig, source: &mut S) -> Network<M, V> {
         let hidden = config.hidden_size;
         let embedding = source.matrix(EMBEDDING_NAME.to_owned(), WeightRole::Embedding, config.vocab_size, hidden);
-        let layers = (0..config.num_layers).map(|layer| Layer::build(config, layer, source)).collect();
+        let layers = (0..config.num_layers()).map(|layer| Layer::build(config, layer, source)).collect();
         let final_norm = source.vector("model.norm.weight".to_owned(), &[hidden]);
         // A quantised head has its own bytes, tied or not.
         let head = if config.tie_word_embeddings && config.quant.lm_head.is_none() {
@@ -272,6 +273,8 @@ impl<M: Clone, V> Layer<M, V> {
         source: &mut S,
     ) -> Layer<M, V> {
         let prefix = format!("model.layers.{layer}");
+        let LayerConfig { norms, mlp } = config.layers[layer];
+        let names = &config.architecture.spec().names;
         let hidden = config.hidden_size;
         let norm = |name: &str, source: &mut S| source.vector(format!("{prefix}.{name}.weight"), &[hidden]);
         let linear = |name: &str, rows: usize, cols: usize, bias: bool, source: &mut S| {
@@ -279,10 +282,9 @@ impl<M: Clone, V> Layer<M, V> {
             let weight = source.matrix(format!("{name}.weight"), WeightRole::Attention, rows, cols);
             Linear { weight, bias: bias.then(|| source.vector(format!("{name}.bias"), &[rows])) }
         };
-        // In a sandwich layer "post_attention_layernorm" is still the norm before the MLP.
-        let post_norms = (config.norms == NormPlacement::Sandwich).then(|| PostNorms {
-            attention: norm("post_self_attn_layernorm", source),
-            mlp: norm("post_mlp_layernorm", source),
+        let post_norms = (norms == NormPlacement::Sandwich).then(|| PostNorms {
+            attention: norm(names.post_attention_norm, source),
+            mlp: norm(names.post_mlp_norm, source),
         });
         Layer {
             attention_norm: norm("input_layernorm", source),
@@ -296,22 +298,25 @@ impl<M: Clone, V> Layer<M, V> {
                 ["q_norm", "k_norm"]
                     .map(|name| source.vector(format!("{prefix}.self_attn.{name}.weight"), &[config.head_dim]))
             }),
-            mlp: match config.mlp {
-                MlpConfig::GroupedExperts(moe) => {
-                    LayerMlp::GroupedExperts(Experts::build(&moe, hidden, &format!("{prefix}.mlp"), source))
-                }
-                MlpConfig::Dense { intermediate_size } => {
-                    let fused = config.norms == NormPlacement::Sandwich;
-                    let role = WeightRole::Mlp;
-                    LayerMlp::Dense(Swiglu::build(
-                        &format!("{prefix}.mlp"),
-                        role,
-                        [intermediate_size, hidden],
-                        fused,
-                        source,
-                    ))
-                }
-            },
+            mlp: LayerMlp::build(&mlp, hidden, &format!("{prefix}.mlp"), names, source),
+        }
+    }
+}
+
+impl<M: Clone, V> LayerMlp<M, V> {
+    fn build<S: TensorSource<Matrix = M, Vector = V>>(
+        mlp: &MlpConfig,
+        hidden: usize,
+        prefix: &str,
+        names: &TensorNames,
+        source: &mut S,
+    ) -> LayerMlp<M, V> {
+        match mlp {
+            MlpConfig::Experts(moe) => LayerMlp::Experts(Experts::build(moe, hidden, prefix, source)),
+            MlpConfig::Dense { intermediate_size } => {
+                let sizes = [*intermediate_size, hidden];
+                LayerMlp::Dense(Swiglu::build(prefix, WeightRole::DenseMlp, sizes, names.fused_gate_up, source))
+            }
         }
     }
 }
@@ -326,12 +331,16 @@ impl<M: Clone, V> Experts<M, V> {
         let mut swiglu =
             |name: String, role, intermediate| Swiglu::build(&name, role, [intermediate, hidden], false, source);
         let routed = (0..moe.num_experts)
-            .map(|e| swiglu(format!("{prefix}.experts.{e}"), WeightRole::Mlp, moe.expert_intermediate_size))
+            .map(|e| swiglu(format!("{prefix}.experts.{e}"), WeightRole::RoutedExpert, moe.expert_intermediate_size))
             .collect();
-        let shared = swiglu(format!("{prefix}.shared_expert"), WeightRole::SharedExpert, moe.shared_intermediate_size);
+        let shared = moe
+            .shared_intermediate_size
+            .map(|size| swiglu(format!("{prefix}.shared_expert"), WeightRole::SharedExpert, size));
         Experts {
             router: source.matrix(format!("{prefix}.gate.weight"), WeightRole::Router, moe.num_experts, hidden),
-            router_scale: source.vector(format!("{prefix}.router_scale"), &[1, moe.num_experts]),
+            router_scale: moe
+                .router_scale
+                .then(|| source.vector(format!("{prefix}.router_scale"), &[1, moe.num_experts])),
             routed,
             shared,
         }

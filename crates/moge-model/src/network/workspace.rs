@@ -3,7 +3,7 @@
 use moge_kernels::{AttentionLimits, AttentionScratch, Precision, QuantizedRows, rope_angles};
 
 use crate::network::router::{Dispatch, Route};
-use crate::{BLOCK_SIZE, Batch, ExpertId, MlpConfig, ModelConfig, Profile};
+use crate::{BLOCK_SIZE, Batch, ExpertId, LayerConfig, ModelConfig, Profile};
 
 /// Scratch memory of a step. Allocated once: a step only changes lengths, within the capacity reserved here.
 #[derive(Debug)]
@@ -104,23 +104,15 @@ impl StepLimits {
 
 impl Widths {
     fn new(config: &ModelConfig) -> Widths {
-        let (experts, experts_per_token, inner) = match &config.mlp {
-            MlpConfig::Dense { intermediate_size } => (0, 0, *intermediate_size),
-            MlpConfig::GroupedExperts(moe) => {
-                let routed = moe.experts_per_token() * moe.expert_intermediate_size;
-                (moe.num_experts, moe.experts_per_token(), routed.max(moe.shared_intermediate_size))
-            }
-        };
+        let moe = config.moe();
+        let (experts, experts_per_token) = moe.map_or((0, 0), |moe| (moe.num_experts, moe.experts_per_token()));
+        let routed_inner = moe.map_or(0, |moe| moe.experts_per_token() * moe.expert_intermediate_size);
+        let dense_inner = config.layers.iter().map(LayerConfig::dense_width).max().unwrap_or(0);
+        let inner = routed_inner.max(dense_inner);
         let quant = &config.quant;
-        let dense_inner = match &config.mlp {
-            MlpConfig::Dense { intermediate_size } => *intermediate_size,
-            MlpConfig::GroupedExperts(moe) => moe.shared_intermediate_size,
-        };
         let quantized = if quant.is_none() { 0 } else { config.hidden_size.max(config.q_size()).max(dense_inner) };
-        let dispatched = match &config.mlp {
-            MlpConfig::GroupedExperts(moe) if quant.mlp.is_some() => {
-                config.hidden_size.max(moe.expert_intermediate_size)
-            }
+        let dispatched = match moe {
+            Some(moe) if quant.mlp.is_some() => config.hidden_size.max(moe.expert_intermediate_size),
             _ => 0,
         };
         Widths {
@@ -181,9 +173,9 @@ impl Workspace {
             ),
             expert_out: rows(widths.expert_out()),
             logits: Vec::with_capacity(limits.max_logit_rows * widths.vocab),
-            rows_per_expert: Vec::with_capacity(config.num_layers * widths.experts),
+            rows_per_expert: Vec::with_capacity(config.num_routed_layers() * widths.experts),
             route_rows: Vec::with_capacity(limits.max_rows),
-            expert_ids: Vec::with_capacity(limits.max_rows * config.num_layers * widths.experts_per_token),
+            expert_ids: Vec::with_capacity(limits.max_rows * config.num_routed_layers() * widths.experts_per_token),
             profile: Profile::default(),
             trace: None,
         }

@@ -1,8 +1,8 @@
 //! Random checkpoints in the official layout, with a small tokenizer: to try, test and measure without a download.
 
 mod config_json;
-mod presets;
 mod random;
+pub(crate) mod sizes;
 mod tokenizer;
 mod weights;
 
@@ -11,7 +11,6 @@ use std::fs;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
-use moge_kernels::Dtype;
 use thiserror::Error;
 
 use crate::checkpoint::writer::{
@@ -19,62 +18,13 @@ use crate::checkpoint::writer::{
 };
 use crate::network::config::{Architecture, ConfigError, ModelConfig};
 use crate::network::weights::{TensorSpec, expected_tensors};
-pub use presets::{PRESETS, Preset};
 pub use random::{TensorRng, Uniform};
+pub use sizes::{Preset, SynthConfig, SynthMlp};
 use weights::Source;
 
-/// What to make: the sizes as a user states them, not checked yet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SynthConfig {
-    /// Which network.
-    pub architecture: Architecture,
-    /// Number of layers.
-    pub num_layers: usize,
-    /// Width of the residual stream.
-    pub hidden_size: usize,
-    /// Query heads.
-    pub num_q_heads: usize,
-    /// Key/value heads.
-    pub num_kv_heads: usize,
-    /// Width of a head.
-    pub head_dim: usize,
-    /// The MLP of every layer.
-    pub mlp: SynthMlp,
-    /// Entries of the vocabulary.
-    pub vocab_size: usize,
-    /// Longest sequence, in tokens.
-    pub max_position_embeddings: usize,
-    /// The head uses the embedding's weights.
-    pub tie_word_embeddings: bool,
-    /// Biases on the attention's projections; Qwen3 and GLM-4 only, the Pangu kinds always have them.
-    pub attention_bias: bool,
-    /// Type of the weights.
-    pub dtype: Dtype,
-    /// Seed of the weights.
-    pub seed: u64,
-}
-
-/// The MLP of every layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SynthMlp {
-    /// One SwiGLU.
-    Dense {
-        /// Inner width.
-        intermediate_size: usize,
-    },
-    /// Routed experts in groups and a shared expert.
-    GroupedExperts {
-        /// Routed experts of a layer.
-        num_experts: usize,
-        /// Expert groups.
-        num_expert_groups: usize,
-        /// Experts that one token uses, over all expert groups.
-        experts_per_token: usize,
-        /// Inner width of a routed expert.
-        expert_intermediate_size: usize,
-        /// Inner width of the shared expert.
-        shared_intermediate_size: usize,
-    },
+/// All presets. Tiny ones have dimensions that differ from one another, so that swapped names show.
+pub fn presets() -> impl Iterator<Item = &'static Preset> {
+    Architecture::ALL.into_iter().flat_map(|architecture| architecture.spec().synth.presets)
 }
 
 /// Why no checkpoint was made.

@@ -1,12 +1,13 @@
 use std::collections::BTreeMap;
 
+use moge_kernels::Dtype;
+
 use super::*;
 use crate::checkpoint::reader::{Checkpoint, LoadMode};
-use crate::network::config::MlpConfig;
 use crate::network::weights::tensor_problems;
 
 fn preset(architecture: Architecture, name: &str) -> SynthConfig {
-    let found = PRESETS.iter().find(|preset| preset.config.architecture == architecture && preset.name == name);
+    let found = presets().find(|preset| preset.config.architecture == architecture && preset.name == name);
     found.unwrap().config
 }
 
@@ -44,7 +45,7 @@ fn the_official_layout_is_kept() {
     for config in tiny_presets() {
         let tokenizer = match config.architecture {
             Architecture::PanguProMoe | Architecture::PanguEmbedded => "tokenizer.model",
-            Architecture::Qwen3 | Architecture::Glm4 => "tokenizer.json",
+            _ => "tokenizer.json",
         };
         let names: Vec<String> = files_of(&config, 1).into_keys().collect();
         assert_eq!(
@@ -83,6 +84,9 @@ fn presets_have_the_published_numbers_of_parameters() {
         (Architecture::Qwen3, "qwen3-0.6b", 596_049_920),
         (Architecture::Qwen3, "qwen3-32b", 32_762_123_264),
         (Architecture::Glm4, "glm-z1-32b", 32_566_081_536),
+        (Architecture::Qwen3Moe, "qwen3-30b-a3b", 30_532_122_624),
+        (Architecture::Llama, "smollm2-135m", 134_515_008),
+        (Architecture::Llama, "llama-3.1-8b", 8_030_261_248),
     ];
     for (architecture, name, num_parameters) in expected {
         let config = preset(architecture, name);
@@ -92,7 +96,7 @@ fn presets_have_the_published_numbers_of_parameters() {
 
 #[test]
 fn presets_are_valid_and_of_the_size_that_they_state() {
-    for preset in PRESETS {
+    for preset in presets() {
         let bytes = preset.config.weight_bytes().unwrap() as f64;
         let (number, rest) = preset.about.split_once(' ').unwrap();
         let unit = if rest.starts_with("GB") { 1e9 } else { 1e6 };
@@ -106,30 +110,30 @@ fn the_official_config_states_only_what_it_must() {
     let official = preset(Architecture::PanguProMoe, "pangu-pro-moe").config_json().unwrap();
     assert!(!official.contains("head_dim") && !official.contains("num_expert_groups"), "{official}");
     assert!(!official.contains("\"intermediate_size\""), "{official}");
-    let mlp = SynthMlp::GroupedExperts {
+    let mlp = SynthMlp::Experts {
         num_experts: 12,
         num_expert_groups: 3,
         experts_per_token: 6,
         expert_intermediate_size: 20,
-        shared_intermediate_size: 44,
+        shared_intermediate_size: Some(44),
     };
     let ours = SynthConfig { mlp, head_dim: 10, ..preset(Architecture::PanguProMoe, "tiny") };
     let read = ours.model_config().unwrap();
     assert_eq!(read.head_dim, 10);
-    let MlpConfig::GroupedExperts(moe) = read.mlp else { panic!("{:?}", read.mlp) };
-    assert_eq!((moe.num_expert_groups, moe.experts_per_group(), moe.top_k_per_group), (3, 4, 2));
+    let moe = read.moe().unwrap();
+    assert_eq!((moe.num_expert_groups(), moe.experts_per_group(), moe.top_k_per_group()), (3, 4, 2));
 }
 
 #[test]
 fn sizes_that_make_no_network_are_refused_by_field() {
     let tiny = preset(Architecture::PanguProMoe, "tiny");
     let with_experts = |num_experts, num_expert_groups, experts_per_token| SynthConfig {
-        mlp: SynthMlp::GroupedExperts {
+        mlp: SynthMlp::Experts {
             num_experts,
             num_expert_groups,
             experts_per_token,
             expert_intermediate_size: 20,
-            shared_intermediate_size: 44,
+            shared_intermediate_size: Some(44),
         },
         ..tiny
     };

@@ -26,7 +26,7 @@ pub(super) struct Source {
 /// Random numbers for the tensor `name`, such that activations stay of order one through all layers: a projection keeps
 /// the variance of its input, and the `2 * num_layers` additions to the residual stream have variance one together.
 pub(super) fn distribution(config: &ModelConfig, name: &str, shape: &[usize]) -> Uniform {
-    let per_addition = 1.0 / (2.0 * config.num_layers as f32).sqrt();
+    let per_addition = 1.0 / (2.0 * config.num_layers() as f32).sqrt();
     let ends_with = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
     if ends_with(&[".router_scale"]) {
         return Uniform { mean: 1.0, amplitude: 0.5 };

@@ -19,9 +19,6 @@ use crate::text::tokenizer::files::{TokenizerFiles, read_optional};
 use crate::{Architecture, TokenId, Tokenizer, TokenizerError};
 use engine::{Raised, describe, jinja_value, run_bounded};
 
-/// Pangu's chat format; its first checkpoints state it in prose only.
-const PANGU_TEMPLATE: &str = include_str!("chat_template/pangu.jinja");
-
 /// What a user's text ends with to ask Pangu for an answer without thinking.
 const NO_THINK: &str = " /no_think";
 
@@ -183,8 +180,8 @@ impl ChatTemplate {
             (file, vec![(DEFAULT.to_owned(), source)])
         } else if let Some(template) = &files.chat_template {
             (files.file.clone(), named_sources(&files.file, template)?)
-        } else if matches!(architecture, Architecture::PanguProMoe | Architecture::PanguEmbedded) {
-            ("built-in Pangu template".to_owned(), vec![(DEFAULT.to_owned(), PANGU_TEMPLATE.to_owned())])
+        } else if let Some(template) = architecture.spec().text.chat_template {
+            ("built-in chat template".to_owned(), vec![(DEFAULT.to_owned(), template.to_owned())])
         } else {
             return Err(ChatTemplateError::Missing { dir: dir.display().to_string(), architecture });
         };
@@ -205,8 +202,7 @@ impl ChatTemplate {
     pub fn render(&self, request: &ChatRequest<'_>) -> Result<String, ChatTemplateError> {
         check_messages(request.messages)?;
         let mut messages = request.messages.to_vec();
-        let is_pangu = matches!(self.architecture, Architecture::PanguProMoe | Architecture::PanguEmbedded);
-        if is_pangu && request.thinking == Thinking::Off {
+        if self.architecture.spec().text.reads_no_think && request.thinking == Thinking::Off {
             append_no_think(&mut messages);
         }
         let context = self.context(request, messages);
@@ -250,10 +246,7 @@ impl ChatTemplate {
 
 /// Texts around the model's thinking: `[unused16]` and `[unused17]` for Pangu, `<think>` and `</think>` for the others.
 pub fn thinking_delimiters(architecture: Architecture) -> (&'static str, &'static str) {
-    match architecture {
-        Architecture::PanguProMoe | Architecture::PanguEmbedded => ("[unused16]", "[unused17]"),
-        Architecture::Qwen3 | Architecture::Glm4 => ("<think>", "</think>"),
-    }
+    architecture.spec().text.thinking
 }
 
 /// The same as token ids, if the tokenizer has a single token for each.

@@ -7,7 +7,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use moge_kernels::{Cpu, Isa, PackedFormat, PackedMatrix};
-use moge_model::synth::{PRESETS, SynthConfig, SynthMlp, write_checkpoint};
+use moge_model::synth::{SynthConfig, SynthMlp, presets, write_checkpoint};
 use moge_model::{
     Architecture, Checkpoint, LoadMode, ModelConfig, QuantScheme, TensorSpec, expected_tensors, tensor_problems,
 };
@@ -17,15 +17,15 @@ use moge_quant::{Damage, Job, QuantizeError};
 pub(crate) fn synth_config(architecture: Architecture) -> SynthConfig {
     let is_tiny =
         |preset: &&moge_model::synth::Preset| preset.name == "tiny" && preset.config.architecture == architecture;
-    let tiny = PRESETS.iter().find(is_tiny).unwrap().config;
+    let tiny = presets().find(is_tiny).unwrap().config;
     let mlp = match tiny.mlp {
         SynthMlp::Dense { .. } => SynthMlp::Dense { intermediate_size: 160 },
-        SynthMlp::GroupedExperts { .. } => SynthMlp::GroupedExperts {
+        SynthMlp::Experts { num_expert_groups, shared_intermediate_size, .. } => SynthMlp::Experts {
             num_experts: 6,
-            num_expert_groups: 2,
+            num_expert_groups: num_expert_groups.min(2),
             experts_per_token: 2,
             expert_intermediate_size: 32,
-            shared_intermediate_size: 128,
+            shared_intermediate_size: shared_intermediate_size.map(|_| 128),
         },
     };
     SynthConfig { num_layers: 2, hidden_size: 96, num_q_heads: 4, num_kv_heads: 1, head_dim: 16, mlp, ..tiny }

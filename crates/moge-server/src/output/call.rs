@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use super::{Deltas, ToolFormat};
+use moge_model::ToolFormat;
+
+use super::Deltas;
 
 /// The longest name of a function, as OpenAI's API allows it.
 pub(crate) const MAX_NAME_LEN: usize = 64;
@@ -87,8 +89,8 @@ impl CallParser {
     /// A call that begins with the text `held`. GLM-4's name begins at `name_start` in it.
     pub(super) fn new(format: ToolFormat, held: String, name_start: usize) -> CallParser {
         let expect = match format {
-            ToolFormat::Pangu => Expect::List,
-            ToolFormat::Qwen3 => Expect::Object,
+            ToolFormat::PanguList => Expect::List,
+            ToolFormat::Hermes => Expect::Object,
             ToolFormat::Glm4 => Expect::NameLine,
         };
         CallParser {
@@ -239,7 +241,7 @@ impl CallParser {
         let name = self.name.take().map_or("", |range| &self.held[range]);
         let name = match self.format {
             ToolFormat::Glm4 => name.to_owned(),
-            ToolFormat::Pangu | ToolFormat::Qwen3 => serde_json::from_str(name).unwrap_or_default(),
+            ToolFormat::PanguList | ToolFormat::Hermes => serde_json::from_str(name).unwrap_or_default(),
         };
         if name.is_empty() {
             return false;
@@ -259,7 +261,7 @@ impl CallParser {
         self.held.clear();
         self.announced = false;
         self.expect = Expect::CommaOrListEnd;
-        if self.format == ToolFormat::Pangu { Progress::More } else { Progress::Done }
+        if self.format == ToolFormat::PanguList { Progress::More } else { Progress::Done }
     }
 
     /// A value or key begins with this character.

@@ -1,9 +1,9 @@
 use std::time::{Duration, Instant};
 
-use moge_model::{Architecture, thinking_delimiters};
+use moge_model::{Architecture, ToolFormat, thinking_delimiters};
 use proptest::prelude::*;
 
-use super::{Delta, OutputParser, ToolFormat};
+use super::{Delta, OutputParser};
 
 const ARCHITECTURES: [Architecture; 4] =
     [Architecture::PanguProMoe, Architecture::PanguEmbedded, Architecture::Qwen3, Architecture::Glm4];
@@ -108,7 +108,7 @@ fn the_line_break_before_a_turn_of_glm4_is_layout() {
 #[test]
 fn the_markers_of_a_network_begin_with_a_character_that_stands_nowhere_else_in_them() {
     for architecture in ARCHITECTURES {
-        let ((open, close), format) = (thinking_delimiters(architecture), ToolFormat::of(architecture));
+        let ((open, close), format) = (thinking_delimiters(architecture), architecture.tool_format());
         for marker in [Some(open), Some(close), Some(format.open()), format.close()].into_iter().flatten() {
             assert_eq!(marker.rfind(&open[..1]), Some(0), "{marker}");
         }
@@ -227,7 +227,7 @@ fn what_breaks_after_a_call_was_announced_is_content_from_there() {
 #[test]
 fn tool_markers_are_text_where_no_tools_are_allowed() {
     for architecture in ARCHITECTURES {
-        let format = ToolFormat::of(architecture);
+        let format = architecture.tool_format();
         let text = format!("f\n{{}}{}[{{\"name\": \"f\", \"arguments\": {{}}}}]", format.open());
         let parser = OutputParser::new(architecture, false, false);
         assert_eq!(parse_pieces(parser, [text.as_str()]), answer("", &text, &[]));
@@ -352,9 +352,9 @@ proptest! {
             calls.into_iter().map(|(name, arguments)| (name, serde_json::to_string_pretty(&arguments).unwrap())).collect();
         let objects: Vec<String> =
             calls.iter().map(|(name, arguments)| format!("{{\"name\": \"{name}\", \"arguments\": {arguments}}}")).collect();
-        let text = match ToolFormat::of(architecture) {
-            ToolFormat::Pangu => format!("[unused11][{}][unused12]", objects.join(", ")),
-            ToolFormat::Qwen3 => objects.iter().map(|call| format!("<tool_call>\n{call}\n</tool_call>\n")).collect(),
+        let text = match architecture.tool_format() {
+            ToolFormat::PanguList => format!("[unused11][{}][unused12]", objects.join(", ")),
+            ToolFormat::Hermes => objects.iter().map(|call| format!("<tool_call>\n{call}\n</tool_call>\n")).collect(),
             ToolFormat::Glm4 => {
                 let turns: Vec<String> = calls.iter().map(|(name, arguments)| format!("{name}\n{arguments}")).collect();
                 turns.join("<|assistant|>")

@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 
+use moge_model::ToolFormat;
 use serde_json::{Value, json};
 
 use super::lark::{json_schema, string};
 use super::{GrammarMarkers, StructuredError};
-use crate::output::{MAX_NAME_LEN, ToolFormat, is_name_char};
+use crate::output::{MAX_NAME_LEN, is_name_char};
 
 /// A function that the model may call.
 #[derive(Clone, Copy, Debug)]
@@ -121,8 +122,8 @@ pub(super) fn calls(
         if is_repeatable { format!("{call} ({separator} {call})*") } else { call.to_owned() }
     };
     let mut rules = match markers.tool_format {
-        ToolFormat::Pangu => format!("calls: {open} \"[\" {} \"]\" {close}\n", repeat("\", \"", "call")),
-        ToolFormat::Qwen3 => {
+        ToolFormat::PanguList => format!("calls: {open} \"[\" {} \"]\" {close}\n", repeat("\", \"", "call")),
+        ToolFormat::Hermes => {
             format!("calls: {}\nmarked_call: {open} \"\\n\" call \"\\n\" {close}\n", repeat("\"\\n\"", "marked_call"))
         }
         ToolFormat::Glm4 => format!("calls: {}\n", repeat(&open, "call")),
@@ -133,7 +134,7 @@ pub(super) fn calls(
         // A schema stays by itself: its references count from its own root.
         let arguments = json_schema(&arguments_schema(tool));
         rules += &match markers.tool_format {
-            ToolFormat::Pangu | ToolFormat::Qwen3 => {
+            ToolFormat::PanguList | ToolFormat::Hermes => {
                 let head = format!("{{\"name\": {}, \"arguments\": ", Value::from(tool.name));
                 format!("{rule}: {} {arguments} \"}}\"\n", string(&head))
             }

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use moge_engine::{Engine, EngineConfig, GrammarCompiler};
-use moge_model::synth::{PRESETS, SynthConfig, write_checkpoint};
+use moge_model::synth::{SynthConfig, presets, write_checkpoint};
 use moge_model::{
     Architecture, BLOCK_SIZE, ChatTemplate, Cpu, GenerationDefaults, Isa, KvType, LoadMode, Model, Precision,
     Tokenizer, eos_token_ids,
@@ -76,7 +76,7 @@ impl TestServer {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join(MODEL);
         let is_tiny = |config: &SynthConfig| config.architecture == architecture;
-        let preset = PRESETS.iter().find(|preset| preset.name == "tiny" && is_tiny(&preset.config)).unwrap();
+        let preset = presets().find(|preset| preset.name == "tiny" && is_tiny(&preset.config)).unwrap();
         let synth = SynthConfig { max_position_embeddings: CONTEXT, ..preset.config };
         write_checkpoint(&dir, &synth, &mut |_, _| ()).unwrap();
 

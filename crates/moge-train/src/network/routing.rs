@@ -1,7 +1,7 @@
 //! The router, forward and backward, and its losses.
 
 use moge_kernels::Store;
-use moge_model::{ExpertId, MoeConfig, Route, route_token};
+use moge_model::{ExpertId, MoeConfig, Route, route_token, weigh_routes};
 
 use super::spans::{Gradients, Linear};
 use super::workspace::Routed;
@@ -30,7 +30,7 @@ impl Pass<'_> {
         let Routed { probs, log_sums, routes, dispatch, .. } = routed;
         Linear { cpu: self.cpu, products: tools.exact, span: experts.router }.forward(self.params, probs, x, None);
         let moe = &experts.moe;
-        let scale = &self.params[experts.router_scale.clone()];
+        let scale = experts.router_scale.clone().map(|range| &self.params[range]);
         let per_token = moe.experts_per_token();
         let forced = self.forced.map(|ids| &ids[index * routes.len()..(index + 1) * routes.len()]);
         let rows = probs.chunks_exact_mut(moe.num_experts).zip(log_sums).zip(routes.chunks_exact_mut(per_token));
@@ -40,7 +40,8 @@ impl Pass<'_> {
             // softmax(l)[i] = exp(l[i] - log_sum) for every i, the most exact for the largest.
             *log_sum = logit - probs[largest].ln();
             if let Some(forced) = forced {
-                take_forced(&forced[row * per_token..(row + 1) * per_token], probs, scale, routes);
+                take_forced(&forced[row * per_token..(row + 1) * per_token], routes);
+                weigh_routes(moe, probs, scale, routes);
             }
         }
         dispatch.sort(moe, routes);
@@ -68,7 +69,7 @@ impl Pass<'_> {
         grads: &mut Gradients<'_>,
     ) {
         let moe = &experts.moe;
-        let scale = &self.params[experts.router_scale.clone()];
+        let scale = experts.router_scale.clone().map(|range| &self.params[range]);
         let dispatch = &routed.dispatch;
         let num_rows = routed.log_sums.len() as f32;
         let aux = load_factors(moe, routed).map(|f| self.scales.aux * f as f32 / num_rows).collect::<Vec<f32>>();
@@ -82,15 +83,17 @@ impl Pass<'_> {
             let choices = row * per_token..(row + 1) * per_token;
             for (route, &slot) in routed.routes[choices.clone()].iter().zip(&dispatch.slots[choices]) {
                 let (e, d_weight) = (route.expert.0 as usize, tools.scratch.d_weights[slot as usize]);
-                d_logits[e] += d_weight * scale[e];
+                d_logits[e] += d_weight * scale.map_or(1.0, |scale| scale[e]);
                 d_scale[e] += f64::from(d_weight * probs[e]);
             }
             let dot: f32 = d_logits.iter().zip(probs).map(|(d, p)| d * p).sum();
             let z = self.scales.z * 2.0 * routed.log_sums[row] / num_rows;
             d_logits.iter_mut().zip(probs).for_each(|(d, p)| *d = p * (*d - dot + z));
         }
-        for (out, sum) in grads.numbers[experts.router_scale.clone()].iter_mut().zip(d_scale) {
-            *out = if grads.store == Store::Set { sum as f32 } else { *out + sum as f32 };
+        if let Some(range) = experts.router_scale.clone() {
+            for (out, sum) in grads.numbers[range].iter_mut().zip(d_scale) {
+                *out = if grads.store == Store::Set { sum as f32 } else { *out + sum as f32 };
+            }
         }
         let (products, d_logits) = (&mut *tools.exact, &*d_logits);
         Linear { cpu: self.cpu, products, span: experts.router }.backward_weight(grads, d_logits, x);
@@ -117,10 +120,9 @@ fn argmax(numbers: &[f32]) -> (usize, f32) {
     best
 }
 
-/// Routes to `experts` in place of the best ones, with their own weights.
-fn take_forced(experts: &[ExpertId], probs: &[f32], scale: &[f32], routes: &mut [Route]) {
+/// Routes to `experts` in place of the best ones.
+fn take_forced(experts: &[ExpertId], routes: &mut [Route]) {
     for (route, &expert) in routes.iter_mut().zip(experts) {
-        let e = expert.0 as usize;
-        *route = Route { expert, weight: probs[e] * scale[e] };
+        route.expert = expert;
     }
 }

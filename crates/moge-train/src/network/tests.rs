@@ -3,8 +3,8 @@ use std::path::{Path, PathBuf};
 
 use moge_kernels::{Cpu, IGNORED_TARGET, Isa, Precision, Store};
 use moge_model::{
-    BLOCK_SIZE, Batch as EngineBatch, BlockId, ExpertId, KvCache, LoadMode, MlpConfig, Model, ModelConfig,
-    SequenceRows, StepLimits, TokenId, Workspace as EngineWorkspace,
+    BLOCK_SIZE, Batch as EngineBatch, BlockId, ExpertId, KvCache, LayerConfig, LoadMode, MlpConfig, Model, ModelConfig,
+    NormPlacement, Router, SequenceRows, StepLimits, TokenId, Workspace as EngineWorkspace,
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -164,7 +164,7 @@ fn forced_experts_that_are_the_routers_own_change_nothing_and_others_are_taken()
     let cpu = Cpu::new(Isa::select().unwrap(), 2);
     for case in ["pangu-pro-moe-k1", "pangu-pro-moe-k2", "plain-top-k"] {
         let golden = Golden::load(case);
-        let MlpConfig::GroupedExperts(moe) = golden.config.mlp else { panic!("{case} has experts") };
+        let moe = *golden.config.moe().unwrap();
         let (rows, ids) = golden.batch();
         let ids = ids.unwrap();
         let own = golden.pass(&cpu, Precision::F32, false, None);
@@ -199,14 +199,14 @@ fn the_memory_of_the_largest_networks_and_batches_is_counted_without_overflow() 
     (config.hidden_size, config.vocab_size, config.num_q_heads, config.num_kv_heads) = (size, size, 1, 1);
     config.head_dim = size;
     for (num_layers, num_experts) in [(1, 1 << 18), (1 << 12, 1 << 6)] {
-        config.num_layers = num_layers;
-        config.mlp = MlpConfig::GroupedExperts(moge_model::MoeConfig {
+        let mlp = MlpConfig::Experts(moge_model::MoeConfig {
             num_experts,
-            num_expert_groups: 1,
-            top_k_per_group: num_experts,
+            router: Router::TopKSoftmax { top_k: num_experts, renormalize: false },
+            router_scale: true,
             expert_intermediate_size: size,
-            shared_intermediate_size: size,
+            shared_intermediate_size: Some(size),
         });
+        config.layers = vec![LayerConfig { norms: NormPlacement::Pre, mlp }; num_layers];
         for recompute in [false, true] {
             let memory = TrainMemory::new(&config, MAX_ROWS, recompute);
             assert!(memory.activation_bytes > 1 << 55 && memory.total_bytes() >= memory.activation_bytes);

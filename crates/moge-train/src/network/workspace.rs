@@ -1,7 +1,7 @@
 //! What a pass keeps for backward, and its scratch memory.
 
 use moge_kernels::{Cpu, PieceAttentionScratch, Precision, Products, rms_norm_scratch_len};
-use moge_model::{Dispatch, ExpertId, MlpConfig, ModelConfig, NormPlacement, Route, TensorSpec, expected_tensors};
+use moge_model::{Dispatch, ExpertId, LayerConfig, ModelConfig, NormPlacement, Route, TensorSpec, expected_tensors};
 
 /// Most rows of a pass: with them what the largest network keeps can still be counted in 64 bits.
 pub const MAX_ROWS: usize = 1 << 20;
@@ -100,7 +100,7 @@ pub struct Workspace {
 impl Workspace {
     /// Memory for batches of at most `max_rows`. With `recompute` only the inputs of layers are kept for backward.
     pub fn new(cpu: &Cpu, config: &ModelConfig, activation: Precision, max_rows: usize, recompute: bool) -> Workspace {
-        let num_kept = if recompute { 1 } else { config.num_layers };
+        let num_kept = if recompute { 1 } else { config.num_layers() };
         let q_per_kv = config.num_q_heads / config.num_kv_heads;
         let mut work = Workspace {
             products: Products::new(cpu, activation),
@@ -108,7 +108,7 @@ impl Workspace {
             attention: PieceAttentionScratch::new(cpu.num_threads(), max_rows, q_per_kv, config.head_dim),
             cos: Vec::new(),
             sin: Vec::new(),
-            stream: vec![Vec::new(); config.num_layers + 1],
+            stream: vec![Vec::new(); config.num_layers() + 1],
             kept: (0..num_kept).map(|_| Kept::default()).collect(),
             scratch: Scratch::default(),
         };
@@ -154,8 +154,8 @@ impl TrainMemory {
         let (mut kept, mut scratch) = (0u64, 0u64);
         Kept::default().for_each_len(config, max_rows, &mut |_, len| kept += len as u64);
         Scratch::default().for_each_len(config, max_rows, &mut |_, len| scratch += len as u64);
-        let num_kept = if recompute { 1 } else { config.num_layers as u64 };
-        let stream = (config.num_layers as u64 + 1) * (max_rows * config.hidden_size) as u64;
+        let num_kept = if recompute { 1 } else { config.num_layers() as u64 };
+        let stream = (config.num_layers() as u64 + 1) * (max_rows * config.hidden_size) as u64;
         TrainMemory {
             state_bytes: params.saturating_mul(16),
             activation_bytes: 4 * (num_kept * kept + stream),
@@ -176,10 +176,7 @@ pub(super) fn logit_rows(config: &ModelConfig, num_rows: usize) -> usize {
 
 /// Inner width of the MLP that every row goes through.
 pub(super) fn dense_width(config: &ModelConfig) -> usize {
-    match config.mlp {
-        MlpConfig::Dense { intermediate_size } => intermediate_size,
-        MlpConfig::GroupedExperts(moe) => moe.shared_intermediate_size,
-    }
+    config.layers.iter().map(LayerConfig::dense_width).max().unwrap_or(0)
 }
 
 impl Kept {
@@ -200,11 +197,11 @@ impl Kept {
             body(raw_q, q);
             body(raw_k, kv);
         }
-        if config.norms == NormPlacement::Sandwich {
+        if config.layers.iter().any(|layer| layer.norms == NormPlacement::Sandwich) {
             body(&mut self.projected, hidden);
             body(&mut self.mlp_projected, hidden);
         }
-        if let MlpConfig::GroupedExperts(moe) = &config.mlp {
+        if let Some(moe) = config.moe() {
             body(&mut self.routed.probs, num_rows * moe.num_experts);
             body(&mut self.routed.log_sums, num_rows);
             body(&mut self.routed.gate_up, 2 * num_rows * moe.experts_per_token() * moe.expert_intermediate_size);
@@ -215,7 +212,7 @@ impl Kept {
 impl Routed {
     /// Make room for the choices of `num_rows`.
     fn resize(&mut self, config: &ModelConfig, num_rows: usize) {
-        if let MlpConfig::GroupedExperts(moe) = &config.mlp {
+        if let Some(moe) = config.moe() {
             self.routes.resize(num_rows * moe.experts_per_token(), Route { expert: ExpertId(0), weight: 0.0 });
         }
     }
@@ -235,7 +232,7 @@ impl Scratch {
         let norms = [rms_norm_scratch_len(num_rows, config.hidden_size), rms_norm_scratch_len(heads, config.head_dim)];
         body(&mut self.partials, norms[0].max(norms[1]));
         let mut inner_len = num_rows * dense_width(config);
-        if let MlpConfig::GroupedExperts(moe) = &config.mlp {
+        if let Some(moe) = config.moe() {
             let num_dispatched = num_rows * moe.experts_per_token();
             inner_len = inner_len.max(num_dispatched * moe.expert_intermediate_size);
             body(&mut self.expert_rows, num_dispatched * config.hidden_size);

@@ -119,10 +119,10 @@ mod tests {
     fn a_share_is_that_of_the_expert_group() {
         let moe = MoeConfig {
             num_experts: 6,
-            num_expert_groups: 2,
-            top_k_per_group: 1,
+            router: moge_model::Router::GroupedSoftmax { num_expert_groups: 2, top_k_per_group: 1 },
+            router_scale: true,
             expert_intermediate_size: 5,
-            shared_intermediate_size: 7,
+            shared_intermediate_size: None,
         };
         assert_eq!(ratios(&[2, 3, 1, 0, 0, 90], &moe), [1.0, 1.5, 0.5, 0.0, 0.0, 3.0]);
         assert_eq!(ratios(&[0; 6], &moe), [1.0; 6]);

@@ -136,10 +136,10 @@ mod tests {
     fn moe() -> MoeConfig {
         MoeConfig {
             num_experts: 3,
-            num_expert_groups: 1,
-            top_k_per_group: 2,
+            router: moge_model::Router::GroupedSoftmax { num_expert_groups: 1, top_k_per_group: 2 },
+            router_scale: true,
             expert_intermediate_size: 5,
-            shared_intermediate_size: 7,
+            shared_intermediate_size: None,
         }
     }
 

@@ -124,12 +124,13 @@ enum Mlp {
     Dense {
         intermediate_size: usize,
     },
-    GroupedExperts {
+    #[serde(rename = "grouped_experts")]
+    Experts {
         num_experts: usize,
         num_expert_groups: usize,
         experts_per_token: usize,
         expert_intermediate_size: usize,
-        shared_intermediate_size: usize,
+        shared_intermediate_size: Option<usize>,
     },
 }
 
@@ -158,10 +159,10 @@ impl Report {
     /// What config.json alone tells.
     fn new(config: &ModelConfig) -> Report {
         let parameters = Parameters::of(config);
-        let kv_numbers = (2 * KV_TOKENS).saturating_mul((config.kv_size() * config.num_layers) as u64);
+        let kv_numbers = (2 * KV_TOKENS).saturating_mul((config.kv_size() * config.num_layers()) as u64);
         Report {
             architecture: config.architecture.hf_name(),
-            num_layers: config.num_layers,
+            num_layers: config.num_layers(),
             hidden_size: config.hidden_size,
             num_q_heads: config.num_q_heads,
             num_kv_heads: config.num_kv_heads,
@@ -187,11 +188,12 @@ impl Report {
 
 impl Mlp {
     fn of(config: &ModelConfig) -> Mlp {
-        match config.mlp {
-            MlpConfig::Dense { intermediate_size } => Mlp::Dense { intermediate_size },
-            MlpConfig::GroupedExperts(moe) => Mlp::GroupedExperts {
+        match config.layers.iter().max_by_key(|layer| layer.is_routed()).map(|layer| layer.mlp) {
+            None => unreachable!("a network has layers"),
+            Some(MlpConfig::Dense { intermediate_size }) => Mlp::Dense { intermediate_size },
+            Some(MlpConfig::Experts(moe)) => Mlp::Experts {
                 num_experts: moe.num_experts,
-                num_expert_groups: moe.num_expert_groups,
+                num_expert_groups: moe.num_expert_groups(),
                 experts_per_token: moe.experts_per_token(),
                 expert_intermediate_size: moe.expert_intermediate_size,
                 shared_intermediate_size: moe.shared_intermediate_size,
@@ -203,14 +205,12 @@ impl Mlp {
 impl Parameters {
     fn of(config: &ModelConfig) -> Parameters {
         let total = expected_tensors(config).iter().map(TensorSpec::num_elements).fold(0, u64::saturating_add);
-        let idle = match config.mlp {
-            MlpConfig::Dense { .. } => 0,
-            MlpConfig::GroupedExperts(moe) => {
-                // A routed expert has three projections between the two widths.
-                let per_expert = 3 * (config.hidden_size * moe.expert_intermediate_size) as u64;
-                per_expert.saturating_mul(((moe.num_experts - moe.experts_per_token()) * config.num_layers) as u64)
-            }
-        };
+        let idle = config.moe().map_or(0, |moe| {
+            // A routed expert has three projections between the two widths.
+            let per_expert = 3 * (config.hidden_size * moe.expert_intermediate_size) as u64;
+            let num_idle = (moe.num_experts - moe.experts_per_token()) * config.num_routed_layers();
+            per_expert.saturating_mul(num_idle as u64)
+        });
         Parameters { total, active_per_token: total.saturating_sub(idle) }
     }
 }
@@ -256,7 +256,7 @@ impl fmt::Display for Mlp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Mlp::Dense { intermediate_size } => write!(f, "dense, width {intermediate_size}"),
-            Mlp::GroupedExperts {
+            Mlp::Experts {
                 num_experts,
                 num_expert_groups,
                 experts_per_token,
@@ -265,8 +265,12 @@ impl fmt::Display for Mlp {
             } => write!(
                 f,
                 "{num_experts} experts in {num_expert_groups} expert groups, width {expert_intermediate_size}, \
-                 {experts_per_token} per token; shared expert, width {shared_intermediate_size}"
-            ),
+                 {experts_per_token} per token"
+            )
+            .and_then(|()| match shared_intermediate_size {
+                Some(width) => write!(f, "; shared expert, width {width}"),
+                None => Ok(()),
+            }),
         }
     }
 }

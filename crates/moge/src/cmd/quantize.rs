@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use indicatif::DecimalBytes;
-use moge_model::{Cpu, Isa, MAX_THREADS, MlpConfig, PackedFormat, QuantScheme, WriteError, available_threads};
+use moge_model::{Cpu, Isa, MAX_THREADS, PackedFormat, QuantScheme, WriteError, available_threads};
 use moge_quant::{Damage, Job, QuantizeError};
 
 use crate::cmd::synth::check_free_space;
@@ -72,7 +72,7 @@ impl RoleFormat {
 /// Quantise as `args` say, and print what that did to the weights.
 pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
     let job = Job::open(&args.model, &args.out, args.scheme())?;
-    if args.shared_expert.is_some() && matches!(job.config().mlp, MlpConfig::Dense { .. }) {
+    if args.shared_expert.is_some() && job.config().moe().and_then(|moe| moe.shared_intermediate_size).is_none() {
         bail!("--shared-expert: this network has none");
     }
     let (output_bytes, missing_bytes) = (job.output_bytes(), job.missing_bytes());

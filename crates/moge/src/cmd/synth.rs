@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use indicatif::DecimalBytes;
 use moge_kernels::Dtype;
 use moge_model::Architecture;
-use moge_model::synth::{PRESETS, Preset, SynthConfig, SynthMlp, write_checkpoint};
+use moge_model::synth::{Preset, SynthConfig, SynthMlp, presets, write_checkpoint};
 
 use crate::interrupt::Interrupt;
 use crate::{output, progress};
@@ -83,7 +83,9 @@ enum ArchitectureName {
     PanguProMoe,
     PanguEmbedded,
     Qwen3,
+    Qwen3Moe,
     Glm4,
+    Llama,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -151,7 +153,7 @@ impl SynthArgs {
                 }
                 Ok(SynthMlp::Dense { intermediate_size: self.intermediate.unwrap_or(intermediate_size) })
             }
-            SynthMlp::GroupedExperts {
+            SynthMlp::Experts {
                 num_experts,
                 num_expert_groups,
                 experts_per_token,
@@ -161,12 +163,15 @@ impl SynthArgs {
                 if self.intermediate.is_some() {
                     bail!("--intermediate: this architecture has --expert-intermediate and --shared-intermediate");
                 }
-                Ok(SynthMlp::GroupedExperts {
+                if shared_intermediate_size.is_none() && self.shared_intermediate.is_some() {
+                    bail!("--shared-intermediate: this architecture has no shared expert");
+                }
+                Ok(SynthMlp::Experts {
                     num_experts: self.experts.unwrap_or(num_experts),
                     num_expert_groups: self.expert_groups.unwrap_or(num_expert_groups),
                     experts_per_token: self.experts_per_token.unwrap_or(experts_per_token),
                     expert_intermediate_size: self.expert_intermediate.unwrap_or(expert_intermediate_size),
-                    shared_intermediate_size: self.shared_intermediate.unwrap_or(shared_intermediate_size),
+                    shared_intermediate_size: self.shared_intermediate.or(shared_intermediate_size),
                 })
             }
         }
@@ -179,7 +184,9 @@ impl ArchitectureName {
             ArchitectureName::PanguProMoe => Architecture::PanguProMoe,
             ArchitectureName::PanguEmbedded => Architecture::PanguEmbedded,
             ArchitectureName::Qwen3 => Architecture::Qwen3,
+            ArchitectureName::Qwen3Moe => Architecture::Qwen3Moe,
             ArchitectureName::Glm4 => Architecture::Glm4,
+            ArchitectureName::Llama => Architecture::Llama,
         }
     }
 
@@ -194,7 +201,7 @@ impl ArchitectureName {
 /// The preset called `name`, of `architecture` or of the only one that has it.
 pub(crate) fn find_preset(architecture: Option<Architecture>, name: &str) -> Result<&'static Preset> {
     let fits = |preset: &&Preset| architecture.is_none_or(|wanted| preset.config.architecture == wanted);
-    let found: Vec<&Preset> = PRESETS.iter().filter(fits).filter(|preset| preset.name == name).collect();
+    let found: Vec<&Preset> = presets().filter(fits).filter(|preset| preset.name == name).collect();
     match found[..] {
         [preset] => Ok(preset),
         [] => bail!("--preset {name}: unknown; moge synth --help lists the presets of every architecture"),
@@ -208,7 +215,7 @@ fn preset_help() -> String {
         let architecture = ArchitectureName::of(preset.config.architecture);
         format!("  {architecture:15} {:18} {}\n", preset.name, preset.about)
     };
-    format!("Presets:\n{}", PRESETS.iter().map(row).collect::<String>())
+    format!("Presets:\n{}", presets().map(row).collect::<String>())
 }
 
 /// Refuse to begin what the disk cannot hold. Where the system does not say how much is free, the writing will tell.
@@ -252,12 +259,12 @@ mod tests {
              --expert-groups 3 --experts-per-token 9 --expert-intermediate 17 --shared-intermediate 19 --vocab 600 \
              --max-position 99 --dtype f16 --seed 11",
         );
-        let mlp = SynthMlp::GroupedExperts {
+        let mlp = SynthMlp::Experts {
             num_experts: 21,
             num_expert_groups: 3,
             experts_per_token: 9,
             expert_intermediate_size: 17,
-            shared_intermediate_size: 19,
+            shared_intermediate_size: Some(19),
         };
         let expected = SynthConfig {
             architecture: Architecture::PanguProMoe,
@@ -281,7 +288,7 @@ mod tests {
 
     #[test]
     fn every_preset_can_be_named() {
-        for preset in PRESETS {
+        for preset in presets() {
             let architecture = ArchitectureName::of(preset.config.architecture);
             let found = config(&format!("--arch {architecture} --preset {}", preset.name)).unwrap();
             assert_eq!(found, preset.config);
@@ -297,6 +304,10 @@ mod tests {
             ("--preset vast", "--preset vast: unknown"),
             ("--arch qwen3 --preset glm-z1-32b", "--preset glm-z1-32b: unknown"),
             ("--arch qwen3 --experts 8", "--experts: this architecture has no routed experts"),
+            (
+                "--arch qwen3-moe --shared-intermediate 8",
+                "--shared-intermediate: this architecture has no shared expert",
+            ),
             ("--arch pangu-pro-moe --intermediate 8", "--intermediate: this architecture has"),
         ] {
             let error = config(options).unwrap_err().to_string();

@@ -331,7 +331,11 @@ fn mutated_templates_never_crash_the_engine() {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) as usize % below
     };
-    let sources = [golden("qwen3_like.jinja"), golden("glm4_like.jinja"), PANGU_TEMPLATE.to_owned()];
+    let sources = [
+        golden("qwen3_like.jinja"),
+        golden("glm4_like.jinja"),
+        Architecture::PanguProMoe.spec().text.chat_template.unwrap().to_owned(),
+    ];
     let cases = cases();
     let tools = cases["tools"].as_array().unwrap();
     let messages = cases["messages"].as_array().unwrap();

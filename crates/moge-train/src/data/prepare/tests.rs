@@ -3,7 +3,7 @@ use std::io::Write;
 use std::time::{Duration, SystemTime};
 
 use moge_model::Architecture;
-use moge_model::synth::{PRESETS, write_checkpoint};
+use moge_model::synth::{presets, write_checkpoint};
 use tempfile::TempDir;
 
 use super::*;
@@ -12,7 +12,7 @@ use crate::DataLoader;
 /// A directory with a tiny model and a run file whose source `web` has the format and the files given.
 fn directory(architecture: Architecture, source: &str) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
-    let preset = PRESETS.iter().find(|preset| preset.config.architecture == architecture && preset.name == "tiny");
+    let preset = presets().find(|preset| preset.config.architecture == architecture && preset.name == "tiny");
     fs::create_dir(dir.path().join("model")).unwrap();
     write_checkpoint(&dir.path().join("model"), &preset.unwrap().config, &mut |_, _| ()).unwrap();
     let run = format!(

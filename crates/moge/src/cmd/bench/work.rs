@@ -1,18 +1,21 @@
 //! How much a step computes and how much it reads: what its time is compared with.
 
-use moge_model::{Batch, MlpConfig, ModelConfig, WeightBytes};
+use moge_model::{Batch, LayerConfig, MlpConfig, ModelConfig, WeightBytes};
 
 /// Operations of a step, two for each multiply-accumulate: the products of every row with the weights that it really
 /// goes through, and attention's scores and weighted sums. The last layer's MLP and the head count for rows whose logits
 /// are wanted.
 pub(crate) fn step_ops(config: &ModelConfig, batch: &Batch) -> u64 {
-    let (layers, hidden) = (config.num_layers as u64, config.hidden_size as u64);
+    let (layers, hidden) = (config.num_layers() as u64, config.hidden_size as u64);
     let (rows, wanted) = (batch.num_rows() as u64, batch.logit_rows.len() as u64);
     let projections = 2 * hidden * (config.q_size() + config.kv_size()) as u64;
     // Every query head takes one product with each key and one with each value it sees.
     let attention = 2 * config.q_size() as u64 * keys_seen(batch);
     let in_layers = layers * (rows * projections + attention);
-    let mlp = ((layers - 1) * rows + wanted) * mlp_products(config);
+    let mlp: u64 = (1..=layers)
+        .zip(&config.layers)
+        .map(|(number, layer)| if number == layers { wanted } else { rows } * mlp_products(config, layer))
+        .sum();
     let head = wanted * hidden * config.vocab_size as u64;
     2 * (in_layers + mlp + head)
 }
@@ -20,8 +23,10 @@ pub(crate) fn step_ops(config: &ModelConfig, batch: &Batch) -> u64 {
 /// Bytes that a step reads: each weight that any row goes through once, and the keys and values of every sequence, which
 /// take `kv_token_bytes` over all layers. `experts_hit` is that of the step's workspace.
 pub(crate) fn step_bytes(weights: &WeightBytes, kv_token_bytes: u64, batch: &Batch, experts_hit: &[usize]) -> u64 {
-    let layers = weights.layers.iter().enumerate().map(|(index, layer)| {
-        let num_experts = experts_hit.get(index).map_or(0, |&num_experts| num_experts as u64);
+    let mut experts_hit = experts_hit.iter();
+    let layers = weights.layers.iter().map(|layer| {
+        let is_routed = layer.expert > 0;
+        let num_experts = is_routed.then(|| experts_hit.next()).flatten().map_or(0, |&num_experts| num_experts as u64);
         layer.attention + layer.shared_mlp + num_experts * layer.expert
     });
     let tokens: usize = batch.sequences.iter().map(|sequence| sequence.first_position + sequence.num_rows).sum();
@@ -29,15 +34,12 @@ pub(crate) fn step_bytes(weights: &WeightBytes, kv_token_bytes: u64, batch: &Bat
 }
 
 /// Multiply-accumulates of one row in one layer's MLP.
-fn mlp_products(config: &ModelConfig) -> u64 {
-    let products = match &config.mlp {
-        MlpConfig::Dense { intermediate_size } => 3 * intermediate_size,
-        MlpConfig::GroupedExperts(moe) => {
-            let inner = moe.experts_per_token() * moe.expert_intermediate_size + moe.shared_intermediate_size;
-            3 * inner + moe.num_experts
-        }
+fn mlp_products(config: &ModelConfig, layer: &LayerConfig) -> u64 {
+    let routed = match &layer.mlp {
+        MlpConfig::Dense { .. } => 0,
+        MlpConfig::Experts(moe) => 3 * moe.experts_per_token() * moe.expert_intermediate_size + moe.num_experts,
     };
-    (products * config.hidden_size) as u64
+    ((3 * layer.dense_width() + routed) * config.hidden_size) as u64
 }
 
 /// Keys that the rows of a step attend to: as many as each row's position, and its own.
@@ -49,7 +51,7 @@ fn keys_seen(batch: &Batch) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use moge_model::synth::PRESETS;
+    use moge_model::synth::presets;
     use moge_model::{BlockId, LayerBytes, SequenceRows, TokenId};
 
     /// Two sequences: rows at positions 3, 4 and at position 10; logits wanted of the last row.
@@ -65,8 +67,7 @@ mod tests {
     }
 
     fn config(architecture: &str) -> ModelConfig {
-        let preset = PRESETS
-            .iter()
+        let preset = presets()
             .find(|preset| preset.name == "tiny" && format!("{:?}", preset.config.architecture) == architecture);
         let dir = tempfile::tempdir().unwrap();
         moge_model::synth::write_checkpoint(dir.path(), &preset.unwrap().config, &mut |_, _| ()).unwrap();
@@ -77,13 +78,13 @@ mod tests {
     fn operations_are_those_of_a_loop_over_rows_and_layers() {
         for architecture in ["PanguProMoe", "Qwen3"] {
             let config = config(architecture);
-            let (hidden, layers) = (config.hidden_size, config.num_layers);
-            let mlp: usize = match &config.mlp {
+            let (hidden, layers) = (config.hidden_size, config.num_layers());
+            let mlp: usize = match &config.layers[0].mlp {
                 MlpConfig::Dense { intermediate_size } => hidden * intermediate_size * 3,
-                MlpConfig::GroupedExperts(moe) => {
+                MlpConfig::Experts(moe) => {
                     let width = |inner: usize| hidden * inner * 3;
                     hidden * moe.num_experts
-                        + width(moe.shared_intermediate_size)
+                        + width(moe.shared_intermediate_size.unwrap())
                         + width(moe.expert_intermediate_size) * moe.experts_per_token()
                 }
             };

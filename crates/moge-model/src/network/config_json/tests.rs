@@ -1,4 +1,7 @@
+use moge_kernels::RopeLayout;
+
 use super::*;
+use crate::network::config::Router;
 
 fn pangu_v1() -> Value {
     serde_json::json!({
@@ -30,8 +33,8 @@ fn assert_refused(config: &Value, message: &str) {
 #[test]
 fn official_v1_config_has_one_expert_per_group_and_derived_head_dim() {
     let config = parse(&pangu_v1()).unwrap();
-    let MlpConfig::GroupedExperts(moe) = config.mlp else { panic!("no experts") };
-    assert_eq!((moe.num_expert_groups, moe.experts_per_group(), moe.top_k_per_group), (8, 8, 1));
+    let moe = config.moe().unwrap();
+    assert_eq!((moe.num_expert_groups(), moe.experts_per_group(), moe.top_k_per_group()), (8, 8, 1));
     assert_eq!((config.head_dim, config.rope.rotary_dim), (128, 128));
     assert!(config.qkv_bias && config.o_bias && !config.qk_norm);
     assert_eq!(config.eos_token_ids, [45892]);
@@ -42,15 +45,15 @@ fn stated_expert_groups_give_several_experts_per_group() {
     let mut config = with("num_expert_groups", 2.into());
     config["num_experts"] = 10.into();
     config["num_experts_per_tok"] = 6.into();
-    let MlpConfig::GroupedExperts(moe) = parse(&config).unwrap().mlp else { panic!("no experts") };
-    assert_eq!((moe.experts_per_group(), moe.top_k_per_group, moe.experts_per_token()), (5, 3, 6));
+    let moe = *parse(&config).unwrap().moe().unwrap();
+    assert_eq!((moe.experts_per_group(), moe.top_k_per_group(), moe.experts_per_token()), (5, 3, 6));
 }
 
 #[test]
 fn plain_top_k_is_one_expert_group() {
     let config = parse(&with("num_expert_groups", 1.into())).unwrap();
-    let MlpConfig::GroupedExperts(moe) = config.mlp else { panic!("no experts") };
-    assert_eq!((moe.experts_per_group(), moe.top_k_per_group), (64, 8));
+    let moe = config.moe().unwrap();
+    assert_eq!((moe.experts_per_group(), moe.top_k_per_group()), (64, 8));
 }
 
 #[test]
@@ -69,7 +72,7 @@ fn fields_that_change_the_numbers_are_refused_by_name() {
 
 #[test]
 fn every_field_on_the_list_is_refused_unless_neutral() {
-    for (field, neutral) in NEUTRAL {
+    for (field, neutral) in UNSUPPORTED_FIELDS {
         assert_refused(
             &with(field, serde_json::json!({"other": 1})),
             &format!("{field}: {{\"other\":1}} is not implemented"),
@@ -128,8 +131,11 @@ fn missing_fields_and_other_files_are_named() {
 
 #[test]
 fn an_unknown_architecture_lists_what_is_supported() {
-    let config = with("architectures", serde_json::json!(["LlamaForCausalLM"]));
-    assert_refused(&config, "supported: PanguProMoEForCausalLM, PanguEmbeddedForCausalLM, Qwen3ForCausalLM, Glm4For");
+    let config = with("architectures", serde_json::json!(["MixtralForCausalLM"]));
+    assert_refused(
+        &config,
+        "supported: PanguProMoEForCausalLM, PanguEmbeddedForCausalLM, Qwen3ForCausalLM, Qwen3MoeFor",
+    );
 }
 
 #[test]
@@ -191,4 +197,136 @@ fn hostile_bytes_never_panic() {
         }
         let _ = ModelConfig::from_json(&bytes, "config.json");
     }
+}
+
+fn qwen3_30b_a3b() -> Value {
+    serde_json::json!({
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": false, "decoder_sparse_step": 1,
+        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+        "intermediate_size": 6144, "max_position_embeddings": 40960, "mlp_only_layers": [],
+        "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": true, "num_attention_heads": 32,
+        "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6, "rope_scaling": null, "rope_theta": 1000000.0, "sliding_window": null,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_sliding_window": false, "vocab_size": 151936
+    })
+}
+
+#[test]
+fn qwen3_with_experts_is_plain_top_k_without_shared_expert() {
+    let config = parse(&qwen3_30b_a3b()).unwrap();
+    let moe = config.moe().unwrap();
+    assert_eq!(moe.router, Router::TopKSoftmax { top_k: 8, renormalize: true });
+    assert_eq!((moe.num_experts, moe.experts_per_group(), moe.experts_per_token()), (128, 128, 8));
+    assert!(!moe.router_scale && moe.shared_intermediate_size.is_none());
+    assert!(config.qk_norm && !config.qkv_bias && !config.o_bias);
+    let mut config = qwen3_30b_a3b();
+    config["norm_topk_prob"] = Value::Null;
+    assert!(!parse(&config).unwrap().moe().unwrap().router.renormalizes(), "the default of the reference");
+}
+
+#[test]
+fn layers_of_qwen3_are_dense_where_the_file_says_so() {
+    let mut config = qwen3_30b_a3b();
+    config["num_hidden_layers"] = 7.into();
+    config["mlp_only_layers"] = serde_json::json!([3]);
+    config["decoder_sparse_step"] = 2.into();
+    let config = parse(&config).unwrap();
+    let routed: Vec<Option<usize>> = (0..7).map(|layer| config.routed_index(layer)).collect();
+    assert_eq!(routed, [None, Some(0), None, None, None, Some(1), None]);
+    assert_eq!((config.num_layers(), config.num_routed_layers()), (7, 2));
+    assert_eq!(config.layers[3].mlp, MlpConfig::Dense { intermediate_size: 6144 });
+}
+
+#[test]
+fn wrong_fields_of_qwen3_with_experts_are_refused_by_name() {
+    for (field, value, message) in [
+        ("mlp_only_layers", serde_json::json!([2, 48]), "mlp_only_layers: 48 is not a list of layers below 48"),
+        ("mlp_only_layers", serde_json::json!("all"), "mlp_only_layers: \"all\" is not a list of layers below 48"),
+        ("mlp_only_layers", serde_json::json!([-1]), "mlp_only_layers: -1"),
+        ("decoder_sparse_step", 0.into(), "decoder_sparse_step: 0 is not a whole number in 1..="),
+        ("num_experts_per_tok", 129.into(), "num_experts_per_tok: 129 is more than the 128 of num_experts"),
+        ("num_expert_groups", 8.into(), "num_expert_groups: 8 is not a field of Qwen3MoeForCausalLM"),
+        ("norm_topk_prob", 1.into(), "norm_topk_prob: 1 is not true or false"),
+        ("num_experts", 6000.into(), "num_experts: 6000 in 48 layers are more than 262144"),
+        (
+            "rope_scaling",
+            serde_json::json!({"rope_type": "yarn", "factor": 4.0}),
+            "rope_scaling.rope_type: \"yarn\" is not",
+        ),
+    ] {
+        let mut config = qwen3_30b_a3b();
+        config[field] = value;
+        assert_refused(&config, message);
+    }
+}
+
+fn llama() -> Value {
+    serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 96, "intermediate_size": 224, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 3, "vocab_size": 500, "max_position_embeddings": 2048
+    })
+}
+
+#[test]
+fn a_llama_without_optional_fields_has_the_defaults_of_the_reference() {
+    let config = parse(&llama()).unwrap();
+    assert_eq!((config.rope.theta, config.rope.scaling, config.rms_norm_eps), (1e4, RopeScaling::None, 1e-6));
+    assert!(!config.qkv_bias && !config.o_bias && !config.qk_norm && !config.tie_word_embeddings);
+}
+
+#[test]
+fn rope_scaling_is_read_from_both_places_and_refused_where_unknown_or_incomplete() {
+    let llama3 = serde_json::json!({
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192
+    });
+    for field in ["rope_scaling", "rope_parameters"] {
+        let mut config = llama();
+        config[field] = llama3.clone();
+        let scaling = parse(&config).unwrap().rope.scaling;
+        let expected =
+            RopeScaling::Llama3 { factor: 32.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 8192.0 };
+        assert_eq!(scaling, expected);
+        config[field] = serde_json::json!({"type": "linear", "factor": 2.5});
+        assert_eq!(parse(&config).unwrap().rope.scaling, RopeScaling::Linear { factor: 2.5 });
+        for (change, value, message) in [
+            (
+                "rope_type",
+                "dynamic".into(),
+                "rope_type: \"dynamic\" is not implemented; there are default, linear, llama3",
+            ),
+            ("factor", Value::Null, "factor: missing"),
+            ("factor", 0.into(), "factor: 0 is not a number above 0"),
+            ("high_freq_factor", 1.into(), "high_freq_factor: 1 is not above the 1 of low_freq_factor"),
+        ] {
+            config[field] = llama3.clone();
+            config[field][change] = value;
+            assert_refused(&config, &format!("{field}.{message}"));
+        }
+    }
+    assert_refused(&with("rope_scaling", "long".into()), "rope_scaling: a text is not an object");
+    assert_refused(&with("rope_scaling", serde_json::json!({"factor": 2})), "rope_scaling.rope_type: missing");
+}
+
+#[test]
+fn llama3_scaling_keeps_high_frequencies_and_divides_low_ones() {
+    let mut config = llama();
+    config["rope_scaling"] = serde_json::json!({
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64
+    });
+    let scaled = parse(&config).unwrap().rope.inverse_frequencies();
+    let plain = parse(&llama()).unwrap().rope.inverse_frequencies();
+    // Periods in 64 tokens: 10.2, 3.2, 1.02, 0.3 and fewer.
+    let ratios: Vec<f32> = scaled.iter().zip(&plain).map(|(scaled, plain)| scaled / plain).collect();
+    assert_eq!((ratios[0], ratios[4], ratios[7]), (1.0, 0.125, 0.125));
+    assert!((0.7..0.8).contains(&ratios[1]) && (0.125..0.14).contains(&ratios[2]), "{ratios:?}");
+}
+
+#[test]
+fn a_pangu_config_may_spell_its_biases_as_other_programs_do() {
+    assert!(!parse(&with("attention_bias", false.into())).unwrap().qkv_bias);
+    let mut config = with("attention_bias", false.into());
+    config["bias"] = true.into();
+    assert!(parse(&config).unwrap().o_bias, "the field of the releases counts first");
 }
