@@ -429,7 +429,7 @@ impl Frontend {
             (None, LoadArg::Read) => Model::load(&self.dir, LoadMode::Read, &report)?,
         };
         if args.quantize.is_none() && args.load == LoadArg::Mmap && !args.allow_paging {
-            model.checkpoint().prefault(num_threads, &report);
+            model.checkpoint().inspect(|checkpoint| checkpoint.prefault(num_threads, &report));
         }
         bar.finish_and_clear();
         if cpu.num_threads() < num_threads {

@@ -9,6 +9,7 @@ pub(crate) mod kv_cache;
 pub(crate) mod load;
 pub(crate) mod model;
 pub(crate) mod output;
+mod params;
 pub(crate) mod profile;
 pub(crate) mod router;
 pub(crate) mod tensors;

@@ -9,7 +9,7 @@ use crate::network::tensors::{EMBEDDING_NAME, HEAD_NAME, MatrixSpec, PackedSpec,
 use crate::network::weight::Weight;
 
 /// All weights of a network.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Network<M = Weight, V = Vec<f32>> {
     /// Token embedding `[vocab_size, hidden_size]`.
     pub embedding: M,
