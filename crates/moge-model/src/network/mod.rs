@@ -14,5 +14,4 @@ pub(crate) mod profile;
 pub(crate) mod router;
 pub(crate) mod tensors;
 pub(crate) mod weight;
-pub(crate) mod weight_bytes;
 pub(crate) mod weights;

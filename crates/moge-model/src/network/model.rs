@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use crate::checkpoint::quant_scheme::QuantScheme;
 use crate::checkpoint::reader::{Checkpoint, CheckpointError, LoadMode, TensorProblem};
+use crate::cost::NetworkCost;
 use crate::network::batch::Batch;
 use crate::network::config::{ConfigError, ModelConfig};
 use crate::network::cpu::{CpuStep, Workspace};
@@ -15,7 +16,6 @@ use crate::network::kv_cache::KvCache;
 use crate::network::load::{load, load_quantizing};
 use crate::network::output::StepOutput;
 use crate::network::params::ParamStore;
-use crate::network::weight_bytes::WeightBytes;
 use crate::network::weights::{Network, Share};
 
 /// Why a model cannot be loaded.
@@ -136,8 +136,8 @@ impl Model {
     }
 
     /// Sizes of the weights as they are stored.
-    pub fn weight_bytes(&self) -> WeightBytes {
-        WeightBytes::of(&self.network)
+    pub fn cost(&self) -> NetworkCost {
+        NetworkCost::of_loaded(&self.config, &self.network)
     }
 
     /// One step: write the keys and values of all rows, and leave the results that `batch` wants in `output`.

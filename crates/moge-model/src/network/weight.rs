@@ -74,6 +74,11 @@ impl Weight {
         }
     }
 
+    /// Its rows: the output width.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
     /// Its columns: the input width.
     pub(crate) fn cols(&self) -> usize {
         self.cols

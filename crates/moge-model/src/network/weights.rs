@@ -328,12 +328,3 @@ impl TensorSource for SpecList {
         self.specs.push(TensorSpec { name, shape: shape.to_vec(), packed: None });
     }
 }
-
-/// Bytes that the tensors of a network take in a file, those that are not packed in the type that `config` states.
-pub fn stored_bytes(config: &ModelConfig) -> u64 {
-    let bytes = |spec: &TensorSpec| match &spec.packed {
-        Some(packed) => packed.stored_shape().iter().map(|&size| size as u64).product(),
-        None => spec.num_elements().saturating_mul(config.dtype.size_bytes() as u64),
-    };
-    expected_tensors(config).iter().map(bytes).fold(0, u64::saturating_add)
-}
