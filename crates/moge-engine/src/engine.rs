@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use moge_model::{
-    BLOCK_SIZE, Cpu, ExpertId, KvCache, KvType, Model, ModelConfig, Precision, StepLimits, TokenId, Tokenizer,
-    Workspace,
+    BLOCK_SIZE, Cpu, ExpertId, KvCache, KvType, Model, ModelConfig, Precision, StepLimits, StepOutput, TokenId,
+    Tokenizer, Workspace,
 };
 
 use crate::error::AdmitError;
@@ -72,6 +72,7 @@ pub struct Engine {
     cpu: Cpu,
     kv_cache: KvCache,
     workspace: Workspace,
+    output: StepOutput,
     scheduler: Scheduler,
     sampler: Sampler,
     expert_load: Option<ExpertLoad>,
@@ -88,6 +89,7 @@ impl Engine {
         Engine {
             kv_cache: KvCache::new(model.config(), config.kv, config.num_blocks),
             workspace: Workspace::new(model.config(), config.activation, limits),
+            output: StepOutput::new(model.config(), limits),
             scheduler: Scheduler::new(config.scheduler(model.config()), tokenizer),
             sampler: Sampler::default(),
             expert_load: ExpertLoad::new(model.config()),
@@ -116,14 +118,14 @@ impl Engine {
     pub fn step(&mut self) -> Vec<SequenceOutput> {
         let Some(step) = self.scheduler.schedule() else { return Vec::new() };
         self.masks.start(self.scheduler.take_grammars(&step));
-        self.model.forward(&self.cpu, &step.batch, &mut self.kv_cache, &mut self.workspace);
+        self.model.forward(&self.cpu, &step.batch, &mut self.kv_cache, &mut self.workspace, &mut self.output);
         let masks = self.scheduler.return_grammars(self.masks.finish());
         let rows = self.scheduler.logit_rows(&step, masks);
         let vocab_size = self.model.config().vocab_size;
-        let mut results = sample(&mut self.sampler, &rows, self.workspace.logits(), vocab_size);
+        let mut results = sample(&mut self.sampler, &rows, &self.output.logits, vocab_size);
         if let Some(load) = &mut self.expert_load {
-            load.add(self.workspace.rows_per_expert());
-            add_expert_ids(&mut results, &step, self.workspace.expert_ids(), load);
+            load.add(&self.output.rows_per_expert);
+            add_expert_ids(&mut results, &step, &self.output.expert_ids, load);
         }
         self.scheduler.postprocess(&step, results)
     }

@@ -10,7 +10,7 @@ mod text;
 pub use arch::spec::ToolFormat;
 pub use checkpoint::files::{open_file, read_file, small_files};
 pub use checkpoint::non_finite::{NonFinite, count_non_finite};
-pub use checkpoint::quant_scheme::{QuantScheme, WeightRole, format_from_name, format_name};
+pub use checkpoint::quant_scheme::{LayerFormats, QuantScheme, WeightRole, format_from_name, format_name};
 pub use checkpoint::reader::{Checkpoint, CheckpointError, LoadMode, StoredTensor, TensorProblem};
 pub use checkpoint::writer::{
     CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, JOURNAL_NAME, PlannedTensor, WriteError, io_error, sync_directory,
@@ -25,14 +25,19 @@ pub use network::config::{
     Architecture, ConfigError, LayerConfig, MlpConfig, ModelConfig, MoeConfig, NormPlacement, RopeConfig, RopeScaling,
     Router,
 };
+pub use network::cpu::{StepLimits, Workspace};
 pub use network::kv_cache::KvCache;
+pub use network::load::tensor_problems;
 pub use network::model::{LoadError, Model};
+pub use network::output::{StepOutput, Trace};
 pub use network::profile::{Operator, Profile};
-pub use network::router::{Dispatch, Route, route_token, weigh_routes};
+pub use network::router::{Dispatch, Route, choose_experts, route_token, weigh_routes};
+pub use network::tensors::{MatrixSpec, PackedSpec, Part, TensorSource, TensorSpec, source_name};
+pub use network::weight::Weight;
 pub use network::weight_bytes::{LayerBytes, WeightBytes};
-pub use network::weights::{Experts, Layer, LayerMlp, Linear, Network, PostNorms, Swiglu, TensorSource, Weight};
-pub use network::weights::{PackedSpec, TensorSpec, expected_tensors, source_name, stored_bytes, tensor_problems};
-pub use network::workspace::{StepLimits, Trace, Workspace};
+pub use network::weights::{
+    Experts, Layer, LayerMlp, Linear, Network, PostNorms, Share, Swiglu, expected_tensors, stored_bytes,
+};
 pub use text::chat_template::{
     ChatRequest, ChatTemplate, ChatTemplateError, Thinking, thinking_delimiters, thinking_tokens,
 };

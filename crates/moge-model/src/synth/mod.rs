@@ -17,7 +17,8 @@ use crate::checkpoint::writer::{
     CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, PlannedTensor, WriteError, io_error, write_file,
 };
 use crate::network::config::{Architecture, ConfigError, ModelConfig};
-use crate::network::weights::{TensorSpec, expected_tensors};
+use crate::network::tensors::TensorSpec;
+use crate::network::weights::expected_tensors;
 pub use random::{TensorRng, Uniform};
 pub use sizes::{Preset, SynthConfig, SynthMlp};
 use weights::Source;
