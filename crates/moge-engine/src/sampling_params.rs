@@ -5,7 +5,7 @@ use std::fmt::Display;
 
 use moge_model::TokenId;
 
-use crate::AdmitError;
+use crate::error::AdmitError;
 
 /// The most alternatives that log-probabilities may list: enough for every use we know, and a bound on what one
 /// request can make the engine hold.
@@ -86,6 +86,11 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
+    /// True if the token after `num_output_tokens` may end the sequence otherwise than by `max_tokens`.
+    pub(crate) fn may_stop_after(&self, num_output_tokens: usize) -> bool {
+        num_output_tokens >= self.min_tokens
+    }
+
     /// Check every field against its range.
     ///
     /// # Errors

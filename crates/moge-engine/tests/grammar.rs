@@ -30,6 +30,7 @@ fn engine(num_threads: usize, max_batched_tokens: usize, num_blocks: usize) -> E
         max_running: 17,
         max_waiting: 20,
         eos_token_ids: Vec::new(),
+        max_draft_tokens: 0,
     };
     Engine::new(model, Cpu::new(Isa::select().unwrap(), num_threads), Some(tokenizer()), &config)
 }
@@ -59,7 +60,7 @@ fn run(engine: &mut Engine, requests: &[Request], gap: usize) -> (Vec<Answer>, u
         for output in engine.step() {
             let answer = &mut answers[index_of[&output.id]];
             num_prefilled_tokens += output.num_prefilled_tokens + output.num_cached_tokens;
-            if let Some(sampled) = output.sampled {
+            for sampled in output.sampled {
                 answer.tokens.push(sampled.token);
                 answer.logprobs.push(sampled.logprobs);
             }

@@ -39,6 +39,7 @@ fn engine_with_blocks(case: &str, num_blocks: usize, num_threads: usize, max_bat
         max_running: 17,
         max_waiting: 20,
         eos_token_ids: Vec::new(),
+        max_draft_tokens: 0,
     };
     Engine::new(model, Cpu::new(Isa::select().unwrap(), num_threads), None, &config)
 }
@@ -64,7 +65,7 @@ fn run(engine: &mut Engine, requests: &[Request], gap: usize) -> Vec<Answer> {
         }
         for output in engine.step() {
             let answer = &mut answers[ids.iter().position(|&id| id == output.id).unwrap()];
-            if let Some(sampled) = output.sampled {
+            for sampled in output.sampled {
                 answer.tokens.push(sampled.token);
                 answer.logprobs.push(sampled.logprobs);
             }
@@ -146,7 +147,7 @@ fn a_cancelled_sequence_gives_its_blocks_back_and_the_others_go_on() {
             break;
         }
         let outputs = engine.step();
-        tokens.extend(outputs.into_iter().filter(|o| o.id == kept).filter_map(|o| o.sampled).map(|s| s.token));
+        tokens.extend(outputs.into_iter().filter(|o| o.id == kept).flat_map(|o| o.sampled).map(|s| s.token));
     }
     assert_eq!(tokens, recorded_tokens("pangu-pro-moe-v1", "greedy_tokens"));
     assert_eq!(engine.num_free_blocks(), 90);
@@ -296,7 +297,7 @@ fn a_long_prompt_that_arrives_takes_no_step_from_those_that_decode() {
     let long = engine.add_request(greedy_request((0..300).map(TokenId).collect())).unwrap();
     for left in (0..300usize).step_by(24 - 5).rev() {
         let outputs = engine.step();
-        let sampled: Vec<SeqId> = outputs.iter().filter(|output| output.sampled.is_some()).map(|o| o.id).collect();
+        let sampled: Vec<SeqId> = outputs.iter().filter(|output| !output.sampled.is_empty()).map(|o| o.id).collect();
         assert_eq!(sampled[..5], decoding);
         assert_eq!(sampled[5..], if left == 0 { vec![long] } else { vec![] });
     }

@@ -35,7 +35,7 @@ pub(crate) struct Usage {
 impl Usage {
     /// Count the result of a step for an answer; `is_first_answer` of its prompt.
     pub(crate) fn add(&mut self, output: &SequenceOutput, is_first_answer: bool) {
-        self.completion_tokens += usize::from(output.sampled.is_some());
+        self.completion_tokens += output.sampled.len();
         // Every output of a sequence says it; the last one is the one that counts.
         if is_first_answer && output.finish_reason.is_some() {
             self.cached_tokens += output.num_cached_tokens;

@@ -354,6 +354,7 @@ impl Frontend {
             max_running,
             max_waiting: sequence_tokens.len().max(1),
             eos_token_ids: eos_token_ids(&self.config.eos_token_ids, &self.defaults, tokenizer.as_deref()),
+            max_draft_tokens: 0,
         };
         let longest = sequence_tokens.iter().max().map_or(1, |tokens| tokens.div_ceil(BLOCK_SIZE).max(1));
         self.fit_memory(args, &mut config, longest)?;
@@ -387,6 +388,7 @@ impl Frontend {
             max_running: limits.max_running,
             max_waiting: limits.max_waiting,
             eos_token_ids: eos_token_ids(&self.config.eos_token_ids, &self.defaults, tokenizer.as_deref()),
+            max_draft_tokens: 0,
         };
         if let Some(kv_bytes) = limits.kv_bytes {
             config.num_blocks = most_blocks.min((kv_bytes / block_bytes) as usize).max(1);

@@ -139,7 +139,7 @@ struct Writer {
 impl Writer {
     fn piece(&mut self, index: usize, output: SequenceOutput) -> Result<TurnPiece, ApiError> {
         self.usage.add(&output, index == 0);
-        let piece = self.turns[index].take(output)?;
+        let piece = self.turns[index].take(&output)?;
         self.usage.reasoning_tokens += piece.num_reasoning_tokens;
         Ok(piece)
     }

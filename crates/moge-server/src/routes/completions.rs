@@ -207,7 +207,7 @@ impl Writer {
         if !choice.no_tokens {
             self.usage.add(&output, choice.is_first);
         }
-        choice.take(output)
+        choice.take(&output)
     }
 
     fn choice(&self, index: usize, piece: Piece, is_last: bool) -> Value {
@@ -230,7 +230,7 @@ impl Writer {
 }
 
 impl Choice {
-    fn take(&mut self, output: SequenceOutput) -> Result<Piece, ApiError> {
+    fn take(&mut self, output: &SequenceOutput) -> Result<Piece, ApiError> {
         let mut piece = Piece::default();
         let tokenizer = &self.serving.model.tokenizer;
         if let Some(expert_ids) = &mut self.expert_ids {
@@ -245,7 +245,7 @@ impl Choice {
                 self.offset = if index < self.num_added { 0 } else { end };
             }
         }
-        let prompt_is_over = output.sampled.is_some() || output.finish_reason.is_some();
+        let prompt_is_over = !output.sampled.is_empty() || output.finish_reason.is_some();
         if let Some(echo) = self.echo.take_if(|_| prompt_is_over) {
             piece.text += &echo;
         }
@@ -256,8 +256,8 @@ impl Choice {
             return Ok(piece);
         }
         piece.text += &output.text;
-        if let Some(row) = output.sampled.and_then(|sampled| sampled.logprobs) {
-            self.offset = piece.logprobs.push(tokenizer, &row, self.offset);
+        for row in output.sampled.iter().filter_map(|sampled| sampled.logprobs.as_ref()) {
+            self.offset = piece.logprobs.push(tokenizer, row, self.offset);
         }
         Ok(piece)
     }

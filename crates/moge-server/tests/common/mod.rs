@@ -95,6 +95,7 @@ impl TestServer {
             max_running: 16,
             max_waiting: 64,
             eos_token_ids,
+            max_draft_tokens: 0,
         };
         let mut setup = Setup { server: server_config(), engine };
         change(&mut setup);

@@ -216,11 +216,12 @@ impl Chat<'_> {
                 let time =
                     if output.num_prefilled_tokens > 0 { &mut stats.prefill_time } else { &mut stats.decode_time };
                 *time += start.elapsed();
-                if let Some(sampled) = output.sampled {
-                    stats.answer_tokens += 1;
-                    if output.finish_reason != Some(FinishReason::Stop) {
-                        printer.push(sampled.token)?;
-                    }
+                let num_tokens = output.sampled.len();
+                stats.answer_tokens += num_tokens;
+                // The token that stops the answer is no part of it.
+                let num_stops = usize::from(output.finish_reason == Some(FinishReason::Stop));
+                for sampled in output.sampled.iter().take(num_tokens.saturating_sub(num_stops)) {
+                    printer.push(sampled.token)?;
                 }
                 finish_reason = output.finish_reason;
             }

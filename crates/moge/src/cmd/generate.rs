@@ -194,7 +194,7 @@ impl Timings {
             self.prefill_tokens += prefilled;
             self.prefill_time += time;
         } else {
-            self.decode_tokens += outputs.iter().filter(|output| output.sampled.is_some()).count();
+            self.decode_tokens += outputs.iter().map(|output| output.sampled.len()).sum::<usize>();
             self.decode_time += time;
         }
     }

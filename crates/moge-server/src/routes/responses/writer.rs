@@ -229,7 +229,7 @@ fn extend(object: &mut Value, more: Value) {
 impl Chunks for Writer {
     fn take(&mut self, index: usize, output: SequenceOutput) -> Result<Vec<Event>, ApiError> {
         self.usage.add(&output, true);
-        let piece = self.turns[index].take(output)?;
+        let piece = self.turns[index].take(&output)?;
         self.usage.reasoning_tokens += piece.num_reasoning_tokens;
         for delta in piece.deltas {
             self.add(delta);
