@@ -109,7 +109,7 @@ impl BlockManager {
 
     /// Let others find `block`, which is held and holds the keys and values of `tokens` after the text `before`.
     /// Returns the text that it ends. If another block has the same contents, that one stays to be found.
-    pub(crate) fn offer(&mut self, block: BlockId, before: PrefixId, tokens: [TokenId; BLOCK_SIZE]) -> PrefixId {
+    pub(crate) fn publish(&mut self, block: BlockId, before: PrefixId, tokens: [TokenId; BLOCK_SIZE]) -> PrefixId {
         let contents = Contents { before, tokens };
         if let Some(cached) = self.cached.get(&contents) {
             return cached.prefix;
@@ -179,10 +179,10 @@ mod tests {
         (0..(num_blocks * BLOCK_SIZE) as u32).map(|i| TokenId(first + i % 7)).collect()
     }
 
-    fn offer_all(manager: &mut BlockManager, blocks: &[BlockId], tokens: &[TokenId]) {
+    fn publish_all(manager: &mut BlockManager, blocks: &[BlockId], tokens: &[TokenId]) {
         let mut before = PrefixId::default();
         for (&block, &tokens) in blocks.iter().zip(tokens.as_chunks().0) {
-            before = manager.offer(block, before, tokens);
+            before = manager.publish(block, before, tokens);
         }
     }
 
@@ -204,7 +204,7 @@ mod tests {
         let mut manager = BlockManager::new(5);
         let (one, other) = (text(1, 3), text(2, 1));
         let blocks = manager.allocate(3).unwrap();
-        offer_all(&mut manager, &blocks, &one);
+        publish_all(&mut manager, &blocks, &one);
         let (shared, _) = manager.hold_prefix(&[&one[..2 * BLOCK_SIZE], &other].concat());
         assert_eq!(shared, blocks[..2], "the third block differs");
         assert_eq!(manager.hold_prefix(&one[1..]).0, [], "other tokens");
@@ -229,18 +229,18 @@ mod tests {
         let mut manager = BlockManager::new(4);
         let (one, two) = (text(1, 2), text(2, 2));
         let blocks = manager.allocate(2).unwrap();
-        offer_all(&mut manager, &blocks, &one);
+        publish_all(&mut manager, &blocks, &one);
         let mixed = [&two[..BLOCK_SIZE], &one[BLOCK_SIZE..]].concat();
         assert_eq!(manager.hold_prefix(&mixed).0, []);
         let others = manager.allocate(2).unwrap();
-        offer_all(&mut manager, &others, &mixed);
+        publish_all(&mut manager, &others, &mixed);
         assert_eq!(manager.hold_prefix(&mixed).0, others);
         assert_eq!(manager.hold_prefix(&one).0, blocks);
         // A second block with contents that are there already is not the one that is found.
         manager.free(others.clone());
         manager.free(others);
         let again = manager.allocate(2).unwrap();
-        offer_all(&mut manager, &again, &one);
+        publish_all(&mut manager, &again, &one);
         assert_eq!(manager.hold_prefix(&one).0, blocks);
     }
 
@@ -260,7 +260,7 @@ mod tests {
                         let blocks = manager.allocate(n);
                         prop_assert_eq!(blocks.is_some(), n <= num_free);
                         if let Some(blocks) = &blocks {
-                            offer_all(&mut manager, blocks, &text);
+                            publish_all(&mut manager, blocks, &text);
                         }
                         tables.extend(blocks);
                     }
