@@ -121,6 +121,13 @@ impl BlockManager {
         prefix
     }
 
+    /// Forget the contents of all blocks: none is found any more. Those that are held stay held.
+    pub(crate) fn clear_cache(&mut self) {
+        self.cached.clear();
+        self.blocks.iter_mut().for_each(|block| block.contents = None);
+        self.empty.extend(std::mem::take(&mut self.reusable).into_values());
+    }
+
     /// Let go of the blocks of a sequence. What stands later in its text is less likely to be wanted again, and without
     /// what is before it can not be found: it goes first.
     pub(crate) fn free(&mut self, blocks: Vec<BlockId>) {
@@ -225,6 +232,26 @@ mod tests {
     }
 
     #[test]
+    fn a_cleared_cache_finds_nothing_and_holders_keep_their_blocks() {
+        let mut manager = BlockManager::new(5);
+        let (one, other) = (text(1, 2), text(2, 2));
+        let [held, released] = [&one, &other].map(|text| {
+            let blocks = manager.allocate(2).unwrap();
+            publish_all(&mut manager, &blocks, text);
+            blocks
+        });
+        manager.free(released);
+        manager.clear_cache();
+        manager.check_integrity([&*held].into_iter());
+        assert_eq!((manager.hold_prefix(&one).0, manager.hold_prefix(&other).0), (vec![], vec![]));
+        assert_eq!(manager.num_free_blocks(), 3);
+        assert_eq!(manager.allocate(4), None, "two are held");
+        manager.free(held);
+        manager.check_integrity(std::iter::empty());
+        assert_eq!(manager.num_free_blocks(), 5);
+    }
+
+    #[test]
     fn the_same_tokens_after_another_text_are_other_contents() {
         let mut manager = BlockManager::new(4);
         let (one, two) = (text(1, 2), text(2, 2));
@@ -248,14 +275,18 @@ mod tests {
         #[test]
         fn no_history_of_calls_leaks_or_doubles_a_block(
             num_blocks in 0usize..40,
-            calls in prop::collection::vec((0..3, 0usize..12, 0u32..4), 0..80),
+            calls in prop::collection::vec((0..13, 0usize..12, 0u32..4), 0..80),
         ) {
             let mut manager = BlockManager::new(num_blocks);
             let mut tables: Vec<Vec<BlockId>> = Vec::new();
             for (call, n, first) in calls {
                 let text = text(first, n);
                 match call {
-                    0 => {
+                    12 => {
+                        manager.clear_cache();
+                        prop_assert_eq!(&manager.hold_prefix(&text).0, &[]);
+                    }
+                    0..4 => {
                         let num_free = manager.num_free_blocks();
                         let blocks = manager.allocate(n);
                         prop_assert_eq!(blocks.is_some(), n <= num_free);
@@ -264,7 +295,7 @@ mod tests {
                         }
                         tables.extend(blocks);
                     }
-                    1 => tables.push(manager.hold_prefix(&text).0),
+                    4..8 => tables.push(manager.hold_prefix(&text).0),
                     _ if tables.is_empty() => {}
                     _ => manager.free(tables.swap_remove(n % tables.len())),
                 }

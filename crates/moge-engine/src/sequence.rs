@@ -42,7 +42,7 @@ pub(crate) struct Sequence {
     pub(crate) stop_token_ids: Vec<TokenId>,
     pub(crate) block_table: Vec<BlockId>,
     /// The text of the first blocks, so many as others can find.
-    pub(crate) published: PrefixId,
+    pub(crate) published: Option<PrefixId>,
     pub(crate) num_published_blocks: usize,
     /// What the output must look like. Away while a mask is computed.
     pub(crate) grammar: Option<Grammar>,
@@ -114,7 +114,7 @@ impl Sequence {
         self.phase = Phase::Prefill;
         self.num_computed_tokens = 0;
         self.num_published_blocks = 0;
-        self.published = PrefixId::default();
+        self.published = Some(PrefixId::default());
         if let Some(prompt_logprobs) = &mut self.prompt_logprobs {
             prompt_logprobs.truncate(1);
         }
