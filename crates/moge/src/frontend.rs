@@ -9,11 +9,12 @@ use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use indicatif::DecimalBytes;
 use moge_engine::{Engine, EngineConfig, SamplingParams};
+use moge_model::cost::NetworkCost;
 use moge_model::synth::write_checkpoint;
 use moge_model::{
     Architecture, BLOCK_SIZE, ChatTemplate, ChatTemplateError, Checkpoint, Cpu, Dtype, GenerationDefaults, Isa,
     KvCache, KvType, LoadMode, MAX_THREADS, Model, ModelConfig, PackedFormat, Precision, QuantScheme, TokenId,
-    Tokenizer, TokenizerError, Workspace, available_threads, eos_token_ids, stored_bytes,
+    Tokenizer, TokenizerError, Workspace, available_threads, eos_token_ids,
 };
 use tempfile::TempDir;
 
@@ -439,7 +440,7 @@ impl Frontend {
             (None, LoadArg::Read) => Model::load(&self.dir, LoadMode::Read, &report)?,
         };
         if args.quantize.is_none() && args.load == LoadArg::Mmap && !args.allow_paging {
-            model.checkpoint().prefault(num_threads, &report);
+            model.checkpoint().inspect(|checkpoint| checkpoint.prefault(num_threads, &report));
         }
         bar.finish_and_clear();
         if cpu.num_threads() < num_threads {
@@ -465,8 +466,11 @@ impl Frontend {
     pub(crate) fn check_memory(&self, args: &ModelArgs, kv_bytes: u64, workspace_bytes: u64) -> Result<Option<u64>> {
         let Some(available) = available_bytes() else { return Ok(None) };
         // The mapped originals of weights that are quantised in memory leave it when others need it.
-        let weight_bytes =
-            if args.quantize.is_some() { stored_bytes(&self.config) } else { Checkpoint::file_bytes(&self.dir)? };
+        let weight_bytes = if args.quantize.is_some() {
+            NetworkCost::of(&self.config).total.bytes
+        } else {
+            Checkpoint::file_bytes(&self.dir)?
+        };
         let plan = MemoryPlan { weight_bytes, kv_bytes, workspace_bytes };
         let paging = args.allow_paging && args.load == LoadArg::Mmap;
         plan.check(available, paging).with_context(|| self.dir.display().to_string())?;

@@ -44,6 +44,19 @@ pub(crate) enum WeightView<'a> {
     Packed(PackedMatrix<'a>),
 }
 
+impl Default for Weight {
+    /// Nothing.
+    fn default() -> Weight {
+        Weight {
+            storage: Arc::new(Storage::copy_of(&[])),
+            range: 0..0,
+            format: Format::Plain(Dtype::F32),
+            rows: 0,
+            cols: 0,
+        }
+    }
+}
+
 impl Weight {
     /// The numbers, borrowed.
     pub(crate) fn view(&self) -> WeightView<'_> {
@@ -59,6 +72,11 @@ impl Weight {
             Format::Plain(_) => InputKind::Float,
             Format::Packed(_) => InputKind::Int8,
         }
+    }
+
+    /// Its rows: the output width.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
     }
 
     /// Its columns: the input width.
@@ -118,16 +136,25 @@ impl Weight {
         Weight { storage: tensor.storage.clone(), range, format: Format::Packed(format), rows, cols }
     }
 
+    /// The bytes of `storage` from `start` on: panels of `format`, or f32.
+    pub(crate) fn from_memory(
+        storage: &Arc<Storage>,
+        start: usize,
+        format: Option<PackedFormat>,
+        rows: usize,
+        cols: usize,
+    ) -> Weight {
+        let (format, len) = match format {
+            Some(format) => (Format::Packed(format), format.weight_bytes(rows, cols)),
+            None => (Format::Plain(Dtype::F32), rows * cols * size_of::<f32>()),
+        };
+        Weight { storage: storage.clone(), range: start..start + len, format, rows, cols }
+    }
+
     /// A packed copy.
     pub(crate) fn pack(&self, cpu: &Cpu, format: PackedFormat) -> Weight {
-        let panel_bytes = format.panel_bytes(self.cols);
         let (mut storage, range) = Storage::aligned(format.weight_bytes(self.rows, self.cols));
-        let bytes = &mut storage.bytes_mut()[range.clone()];
-        let isa = cpu.isa();
-        cpu.for_each_slice(bytes, panel_bytes, |panel, out| {
-            let rows = panel * PANEL_ROWS..self.rows.min((panel + 1) * PANEL_ROWS);
-            pack_panel(isa, format, &widen(isa, self.matrix().slice_rows(rows).elements()), self.cols, out);
-        });
+        pack(cpu, self.matrix(), format, &mut storage.bytes_mut()[range.clone()]);
         Weight { storage: Arc::new(storage), range, format: Format::Packed(format), ..*self }
     }
 
@@ -179,6 +206,15 @@ impl Weight {
         let lower = Weight { range: middle..self.range.end, rows: self.rows / 2, ..self.clone() };
         [Weight { range: self.range.start..middle, rows: self.rows / 2, ..self }, lower]
     }
+}
+
+/// Pack `matrix` into `out`, its panels in `format`.
+pub(crate) fn pack(cpu: &Cpu, matrix: Matrix<'_>, format: PackedFormat, out: &mut [u8]) {
+    let (isa, num_rows, cols) = (cpu.isa(), matrix.rows(), matrix.cols());
+    cpu.for_each_slice(out, format.panel_bytes(cols), |panel, out| {
+        let rows = panel * PANEL_ROWS..num_rows.min((panel + 1) * PANEL_ROWS);
+        pack_panel(isa, format, &widen(isa, matrix.slice_rows(rows).elements()), cols, out);
+    });
 }
 
 /// Numbers of any type as f32.
