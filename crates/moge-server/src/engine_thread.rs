@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use moge_engine::{AdmitError, Engine, FinishReason, Request, SeqId, SequenceOutput};
+use moge_model::Cpu;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::error::ApiError;
@@ -72,11 +73,15 @@ pub(crate) struct EngineHandle {
 
 impl EngineHandle {
     /// Start the thread. It ends when all handles are gone, or with the engine's panic.
-    pub(crate) fn start(engine: Engine, metrics: Arc<Metrics>) -> std::io::Result<(EngineHandle, JoinHandle<()>)> {
+    pub(crate) fn start(
+        engine: Engine,
+        cpu: Cpu,
+        metrics: Arc<Metrics>,
+    ) -> std::io::Result<(EngineHandle, JoinHandle<()>)> {
         let (sender, receiver) = mpsc::channel(MAX_COMMANDS);
         let thread = std::thread::Builder::new()
             .name("engine".to_owned())
-            .spawn(move || EngineThread { engine, commands: receiver, live: HashMap::new(), metrics }.run())?;
+            .spawn(move || EngineThread { engine, cpu, commands: receiver, live: HashMap::new(), metrics }.run())?;
         Ok((EngineHandle { commands: sender }, thread))
     }
 
@@ -118,6 +123,7 @@ struct Live {
 
 struct EngineThread {
     engine: Engine,
+    cpu: Cpu,
     commands: mpsc::Receiver<Command>,
     live: HashMap<SeqId, Live>,
     metrics: Arc<Metrics>,
@@ -128,7 +134,7 @@ impl EngineThread {
         while self.take_commands() {
             self.end_what_must();
             let start = Instant::now();
-            let outputs = self.engine.step();
+            let outputs = self.engine.step(&self.cpu);
             self.metrics.step(&self.engine);
             for output in outputs {
                 self.send(output, start);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use moge_engine::Engine;
+use moge_model::Cpu;
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -90,14 +91,15 @@ impl Server {
         self.address
     }
 
-    /// Serve `model` until the process is told to stop and what runs has ended. Calls `ready` when requests are answered.
+    /// Serve `model` with an engine that computes on `cpu`, until the process is told to stop and what runs has ended. Calls
+    /// `ready` when requests are answered.
     ///
     /// # Errors
     /// If the engine fails.
-    pub fn run(self, engine: Engine, model: ServedModel, ready: impl FnOnce()) -> Result<(), ServeError> {
+    pub fn run(self, engine: Engine, cpu: Cpu, model: ServedModel, ready: impl FnOnce()) -> Result<(), ServeError> {
         let Server { runtime, state, mut listening, .. } = self;
         let metrics = Arc::new(Metrics::new(&model.name));
-        let (engine, thread) = EngineHandle::start(engine, Arc::clone(&metrics))?;
+        let (engine, thread) = EngineHandle::start(engine, cpu, Arc::clone(&metrics))?;
         let kept_up = Arc::clone(&metrics);
         runtime.spawn(async move { kept_up.keep_up().await });
         let markers = GrammarMarkers::new(model.config.architecture, |text| model.tokenizer.id_of(text));
