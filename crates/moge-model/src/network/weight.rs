@@ -223,3 +223,54 @@ pub(crate) fn widen(isa: Isa, elements: Elements<'_>) -> Vec<f32> {
     elements.widen(isa, &mut numbers);
     numbers
 }
+
+#[cfg(test)]
+mod tests {
+    use moge_kernels::{GroupedRows, PackedProduct, QuantizedRows, packed_gemm};
+
+    use super::*;
+
+    /// What packed products may differ by where a sum over columns is cut: inputs are quantised for each part.
+    const PART_TOLERANCE: f32 = 2e-2;
+
+    fn weight(rows: usize, cols: usize) -> Weight {
+        let numbers: Vec<f32> = (0..rows * cols).map(|i| (i * 7919 % 1009) as f32 / 504.5 - 1.0).collect();
+        let bytes: &[u8] = bytemuck::cast_slice(&numbers);
+        let (mut storage, range) = Storage::aligned(bytes.len());
+        storage.bytes_mut()[range.clone()].copy_from_slice(bytes);
+        Weight::from_memory(&Arc::new(storage), range.start, None, rows, cols)
+    }
+
+    fn product(cpu: &Cpu, weight: &Weight, x: &[f32]) -> Vec<f32> {
+        let mut out = vec![0.0; weight.rows()];
+        match weight.view() {
+            WeightView::Plain(weight) => moge_kernels::gemm(cpu, &mut out, x, weight, None),
+            WeightView::Packed(weight) => {
+                let mut quantized = QuantizedRows::default();
+                let rows = GroupedRows { offsets: &[0, 1], source_rows: None };
+                quantized.quantize(cpu, x, x.len(), rows);
+                packed_gemm(cpu, &quantized, [PackedProduct { out: &mut out, weight, bias: None }]);
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn parts_of_a_weight_multiply_as_the_whole_in_every_format() {
+        let (rows, cols) = (96, 160);
+        let cpu = Cpu::new(Isa::best(), 1);
+        let x: Vec<f32> = (0..cols).map(|i| (i * 37 % 101) as f32 / 101.0 - 0.5).collect();
+        let plain = weight(rows, cols);
+        let packed = [PackedFormat::W8A8, PackedFormat::W4A8].map(|format| plain.pack(&cpu, format));
+        for weight in packed.into_iter().chain([plain]) {
+            let whole = product(&cpu, &weight, &x);
+            let some = product(&cpu, &weight.clone().part(&Part::Rows(32..96)), &x);
+            assert_eq!(some, whole[32..]);
+            let halves =
+                [0..64, 64..160].map(|cols| product(&cpu, &weight.clone().part(&Part::Cols(cols.clone())), &x[cols]));
+            for (whole, sum) in whole.iter().zip(halves[0].iter().zip(&halves[1]).map(|(a, b)| a + b)) {
+                assert!((whole - sum).abs() <= PART_TOLERANCE, "{:?}: {whole}, {sum}", weight.format);
+            }
+        }
+    }
+}
