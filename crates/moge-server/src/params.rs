@@ -143,7 +143,7 @@ impl SamplingFields {
         self.max_output_tokens.or(self.max_completion_tokens).or(self.max_tokens)
     }
 
-    /// Answers to each of `num_prompts` prompts, with at most `max_answers` in all.
+    /// ResponseStream to each of `num_prompts` prompts, with at most `max_answers` in all.
     ///
     /// # Errors
     /// If that is none or too many, or `best_of` asks for more.

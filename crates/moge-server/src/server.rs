@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use moge_engine::Engine;
 use moge_model::Cpu;
-use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -18,7 +17,8 @@ use crate::listen::listen;
 use crate::metrics::Metrics;
 use crate::middleware;
 use crate::routes::router;
-use crate::structured::GrammarMarkers;
+use crate::serve_error::ServeError;
+use crate::structured::markers::GrammarMarkers;
 
 /// Threads that speak HTTP. They have little to do, and the model wants the processors.
 const NUM_HTTP_THREADS: usize = 2;
@@ -28,28 +28,6 @@ const MAX_BLOCKING_THREADS: usize = 8;
 
 /// How long streams that were ended may take to say so.
 const LAST_WORDS: Duration = Duration::from_secs(2);
-
-/// Why a server does not start, or stops by itself.
-#[derive(Debug, Error)]
-pub enum ServeError {
-    /// It cannot listen.
-    #[error("cannot listen at {address}: {source}")]
-    Listen {
-        /// Where.
-        address: SocketAddr,
-        /// What the system says.
-        source: std::io::Error,
-    },
-    /// The system gives no threads or signals.
-    #[error("cannot start: {0}")]
-    Start(#[from] std::io::Error),
-    /// An origin is none.
-    #[error("CORS: {0:?} is no origin; an origin is like https://example.org, or * for all")]
-    Origin(String),
-    /// The engine panicked.
-    #[error("the engine has failed")]
-    EngineFailed,
-}
 
 /// A server that listens. Until it has a model it only says that it lives.
 pub struct Server {
