@@ -502,10 +502,10 @@ fn has_allowed_dtype(spec: &TensorSpec, dtype: StoredDtype) -> bool {
     }
 }
 
-/// Left-overs of training frameworks that carry no weights, and the head's copy of a tied embedding.
+/// Tensors of other software that carry no weights, and the head's copy of a tied embedding.
 fn is_ignored(config: &ModelConfig, name: &str) -> bool {
-    ["rotary_emb.inv_freq", "module", "kv_cache_offset"].iter().any(|part| name.contains(part))
-        || (config.tie_word_embeddings && name == HEAD_NAME)
+    const IGNORED_SUFFIXES: [&str; 2] = [".rotary_emb.inv_freq", ".kv_cache_offset"];
+    IGNORED_SUFFIXES.iter().any(|suffix| name.ends_with(suffix)) || (config.tie_word_embeddings && name == HEAD_NAME)
 }
 
 fn float_dtype(dtype: StoredDtype) -> Option<Dtype> {
