@@ -8,14 +8,15 @@ pub mod synth;
 mod text;
 
 pub use arch::spec::ToolFormat;
+pub use checkpoint::error::{CheckpointError, TensorProblem};
 pub use checkpoint::files::{open_file, read_file, small_files};
 pub use checkpoint::non_finite::{NonFinite, count_non_finite};
 pub use checkpoint::quant_scheme::{QuantScheme, WeightRole, format_from_name, format_name};
-pub use checkpoint::reader::{Checkpoint, CheckpointError, LoadMode, StoredTensor, TensorProblem};
-pub use checkpoint::writer::{
-    CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, JOURNAL_NAME, PlannedTensor, WriteError, io_error, sync_directory,
-    write_file,
-};
+pub use checkpoint::reader::{Checkpoint, LoadMode};
+pub use checkpoint::shards::PlannedTensor;
+pub use checkpoint::storage::StoredTensor;
+pub use checkpoint::write_file::{WriteError, io_error, sync_directory, write_file};
+pub use checkpoint::writer::{CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, JOURNAL_NAME};
 pub use ids::{ExpertId, TokenId};
 pub use moge_kernels::{
     BlockId, Cpu, Dtype, Isa, KvType, MAX_THREADS, PackedFormat, Precision, SequenceRows, available_threads,
@@ -33,9 +34,8 @@ pub use network::weight_bytes::{LayerBytes, WeightBytes};
 pub use network::weights::{Experts, Layer, LayerMlp, Linear, Network, PostNorms, Swiglu, TensorSource, Weight};
 pub use network::weights::{PackedSpec, TensorSpec, expected_tensors, source_name, stored_bytes, tensor_problems};
 pub use network::workspace::{StepLimits, Trace, Workspace};
-pub use text::chat_template::{
-    ChatRequest, ChatTemplate, ChatTemplateError, Thinking, thinking_delimiters, thinking_tokens,
-};
+pub use text::chat_template::error::ChatTemplateError;
+pub use text::chat_template::{ChatRequest, ChatTemplate, Thinking, thinking_delimiters, thinking_tokens};
 pub use text::generation_config::{GenerationDefaults, GenerationDefaultsError};
 pub use text::tokenizer;
 pub use text::tokenizer::{

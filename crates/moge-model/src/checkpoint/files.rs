@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
 
-use crate::checkpoint::reader::CheckpointError;
+use crate::checkpoint::error::CheckpointError;
 
 /// Longest of the files that are read whole, in bytes. The largest known, a `tokenizer.json`, has 20 MB.
 const MAX_WHOLE_BYTES: u64 = 256 << 20;

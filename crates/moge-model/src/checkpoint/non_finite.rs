@@ -2,7 +2,7 @@
 
 use safetensors::tensor::Dtype as StoredDtype;
 
-use crate::checkpoint::reader::StoredTensor;
+use crate::checkpoint::storage::StoredTensor;
 
 /// How many elements of a tensor are not finite.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -8,8 +8,10 @@ use moge_kernels::{Cpu, Dtype, Elements, Isa, Matrix, PANEL_ROWS, PackedFormat, 
 use safetensors::tensor::Dtype as StoredDtype;
 
 use crate::arch::spec::TensorNames;
+use crate::checkpoint::error::{CheckpointError, TensorProblem};
 use crate::checkpoint::quant_scheme::{QuantScheme, WeightRole, format_name};
-use crate::checkpoint::reader::{Checkpoint, CheckpointError, Storage, StoredTensor, TensorProblem};
+use crate::checkpoint::reader::Checkpoint;
+use crate::checkpoint::storage::{Storage, StoredTensor};
 use crate::network::config::{LayerConfig, MlpConfig, ModelConfig, MoeConfig, NormPlacement};
 
 /// A large tensor, used where it lies in the checkpoint's file, or packed: `[rows, cols]`.

@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::checkpoint::writer::{
-    CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, PlannedTensor, WriteError, io_error, write_file,
-};
+use crate::checkpoint::shards::PlannedTensor;
+use crate::checkpoint::write_file::{WriteError, io_error, write_file};
+use crate::checkpoint::writer::{CheckpointWriter, DEFAULT_MAX_SHARD_BYTES};
 use crate::network::config::{Architecture, ConfigError, ModelConfig};
 use crate::network::weights::{TensorSpec, expected_tensors};
 pub use random::{TensorRng, Uniform};

@@ -7,7 +7,9 @@ use moge_kernels::Dtype;
 use safetensors::Dtype as StoredDtype;
 
 use super::random::{TensorRng, Uniform};
-use crate::checkpoint::writer::{CheckpointWriter, PlannedTensor, WriteError};
+use crate::checkpoint::shards::PlannedTensor;
+use crate::checkpoint::write_file::WriteError;
+use crate::checkpoint::writer::CheckpointWriter;
 use crate::network::config::ModelConfig;
 
 /// Numbers of a tensor that are made and written at a time; even. 4 MiB of f32: large enough that a write is cheap.

@@ -12,7 +12,9 @@ use minijinja::{AutoEscape, Environment, ErrorKind, Output, State};
 use serde_json::Value;
 use thiserror::Error;
 
-use super::{ChatTemplateError, namespace, rewrite, strftime, tojson};
+use super::error::ChatTemplateError;
+use super::limits::{BYTES_PER_FUEL, MAX_DEPTH};
+use super::{namespace, rewrite, strftime, tojson};
 
 /// The longest template taken, in bytes; known ones have less than 20 000.
 const MAX_TEMPLATE_BYTES: usize = 128 << 10;
@@ -23,12 +25,6 @@ const STACK_BYTES: usize = 256 << 20;
 
 /// Time for one template; a usual one takes milliseconds.
 pub(super) const MAX_TIME: Duration = Duration::from_secs(10);
-
-/// Bytes of text that cost as much as one step, the rate of the template engine.
-pub(super) const BYTES_PER_FUEL: usize = 64;
-
-/// Values nested deeper are refused, as each level is a call on the stack; what a client sends is at most 128 deep.
-pub(super) const MAX_DEPTH: usize = 200;
 
 /// How deep macros and includes may call one another; each level takes some KB of stack.
 const MAX_RECURSION: usize = 100;

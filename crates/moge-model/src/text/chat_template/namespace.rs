@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use minijinja::value::{Enumerator, Kwargs, Object, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 
-use super::engine::MAX_DEPTH;
+use super::limits::MAX_DEPTH;
 
 /// Items that are copied for one unit of fuel, which pays for 64 bytes.
 const ITEMS_PER_FUEL: u64 = 2;

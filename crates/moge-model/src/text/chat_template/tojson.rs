@@ -6,7 +6,7 @@ use std::fmt::Write;
 use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 
-use super::engine::{BYTES_PER_FUEL, MAX_DEPTH};
+use super::limits::{BYTES_PER_FUEL, MAX_DEPTH};
 
 /// An indent wider than this has no use but to make the output huge.
 const MAX_INDENT: usize = 64;
