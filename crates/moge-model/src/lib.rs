@@ -38,9 +38,11 @@ pub use text::chat_template::error::ChatTemplateError;
 pub use text::chat_template::{ChatRequest, ChatTemplate, Thinking, thinking_delimiters, thinking_tokens};
 pub use text::generation_config::{GenerationDefaults, GenerationDefaultsError};
 pub use text::tokenizer;
-pub use text::tokenizer::{
-    Detokenizer, Prefix, SentencePieceError, StopStrings, Tokenizer, TokenizerError, eos_token_ids,
-};
+pub use text::tokenizer::detokenizer::Detokenizer;
+pub use text::tokenizer::error::TokenizerError;
+pub use text::tokenizer::sentencepiece::SentencePieceError;
+pub use text::tokenizer::stop_strings::StopStrings;
+pub use text::tokenizer::{Prefix, Tokenizer, eos_token_ids};
 
 /// Tokens that one block of the KV cache holds.
 pub const BLOCK_SIZE: usize = 32;

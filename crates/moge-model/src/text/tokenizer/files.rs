@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::TokenizerError;
+use super::error::{TokenizerError, field_error};
 use crate::TokenId;
 use crate::checkpoint::files;
 
@@ -156,10 +156,6 @@ fn added_token(file: &str, field: &str, value: &Value) -> Result<AddedToken, Tok
         return Err(field_error(file, field, "`single_word`: true is not supported".into()));
     }
     Ok(AddedToken { text: text.clone(), id: None, lstrip: flag("lstrip"), rstrip: flag("rstrip") })
-}
-
-pub(crate) fn field_error(file: &str, field: &str, problem: String) -> TokenizerError {
-    TokenizerError::Field { file: file.to_owned(), field: field.to_owned(), problem }
 }
 
 /// Read a JSON object; `None` if there is no such file.

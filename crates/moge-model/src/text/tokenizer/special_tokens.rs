@@ -102,6 +102,12 @@ impl SpecialTokens {
     }
 }
 
+/// True for a text in brackets, as markers are written that are ordinary entries of their vocabulary.
+pub(super) fn is_bracketed(text: &str) -> bool {
+    let inside = |open, close| text.strip_prefix(open).and_then(|text| text.strip_suffix(close));
+    inside('<', '>').or(inside('[', ']')).is_some_and(|name| !name.is_empty())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

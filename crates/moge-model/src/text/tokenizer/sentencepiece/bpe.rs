@@ -3,7 +3,7 @@
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BinaryHeap, HashMap};
 
-use super::PieceKind;
+use super::proto::PieceKind;
 use super::vocabulary::Vocabulary;
 use crate::TokenId;
 

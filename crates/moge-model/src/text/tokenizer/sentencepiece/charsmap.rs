@@ -13,7 +13,7 @@
 //! A value's bits 0-30 say where its replacement begins. The file comes from outside, so the whole trie is walked once
 //! when it is read; lookups then find nothing that has not been checked.
 
-use super::Problem;
+use super::error::Problem;
 
 const FIELD: &str = "normalizer_spec.precompiled_charsmap";
 

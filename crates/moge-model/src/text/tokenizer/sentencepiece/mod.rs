@@ -5,6 +5,7 @@
 
 mod bpe;
 mod charsmap;
+mod error;
 mod normalizer;
 mod prefix_set;
 mod proto;
@@ -12,71 +13,12 @@ mod proto;
 mod tests;
 mod vocabulary;
 
-use thiserror::Error;
-
-use super::is_bracketed;
 use crate::TokenId;
-use normalizer::Normalizer;
-pub use proto::{ModelProto, NormalizerSpec, Piece, TrainerSpec};
+pub use error::SentencePieceError;
+use normalizer::{META_SPACE, Normalizer};
+pub(super) use proto::byte_of;
+pub use proto::{ModelProto, NormalizerSpec, Piece, PieceKind, TrainerSpec};
 use vocabulary::Vocabulary;
-
-/// U+2581, which stands for a space in the text of a piece.
-const META_SPACE: &str = "\u{2581}";
-
-/// What a piece stands for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PieceKind {
-    /// Its text.
-    Normal,
-    /// Any text that no piece spells.
-    Unknown,
-    /// No text: a mark such as the begin of a sequence. Text that looks like its name does not become this piece.
-    Control,
-    /// Its text, wherever that occurs, before anything else is looked for.
-    UserDefined,
-    /// Its text, but encoding does not yield it.
-    Unused,
-    /// One byte of a character that no piece spells.
-    Byte(u8),
-}
-
-/// Why a `tokenizer.model` is refused.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("{file}: {field}: found {value}; allowed: {allowed}")]
-pub struct SentencePieceError {
-    /// The file's name.
-    pub file: String,
-    /// The field, with its place in the message.
-    pub field: String,
-    /// What was found.
-    pub value: String,
-    /// What is allowed.
-    pub allowed: String,
-}
-
-/// A [`SentencePieceError`] that does not know its file yet.
-#[derive(Debug)]
-struct Problem {
-    field: String,
-    value: String,
-    allowed: String,
-}
-
-impl Problem {
-    fn new(field: &str, value: String, allowed: &str) -> Problem {
-        Problem { field: field.to_owned(), value, allowed: allowed.to_owned() }
-    }
-
-    /// The same, seen from the message that holds the field's message.
-    fn inside(mut self, message: &str) -> Problem {
-        self.field = format!("{message}.{}", self.field);
-        self
-    }
-
-    fn in_file(self, file: &str) -> SentencePieceError {
-        SentencePieceError { file: file.to_owned(), field: self.field, value: self.value, allowed: self.allowed }
-    }
-}
 
 /// Whether the next token begins the text, where a leading U+2581 is the dummy space and not part of the text.
 ///
@@ -207,15 +149,6 @@ impl SentencePiece {
     /// What a piece stands for.
     pub fn kind(&self, id: TokenId) -> Option<PieceKind> {
         self.vocabulary.kind(id)
-    }
-
-    /// True for a piece that never stands for a part of a text, going by its kind or its name.
-    pub(super) fn is_special(&self, id: TokenId) -> bool {
-        match self.kind(id) {
-            Some(PieceKind::Control | PieceKind::Unknown) => true,
-            Some(PieceKind::UserDefined) => self.piece(id).is_some_and(is_bracketed),
-            Some(PieceKind::Normal | PieceKind::Unused | PieceKind::Byte(_)) | None => false,
-        }
     }
 
     /// The piece of this name, of whatever kind.

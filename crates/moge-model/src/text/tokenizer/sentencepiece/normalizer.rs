@@ -1,9 +1,12 @@
 //! Text as it comes to text as the pieces spell it.
 
 use super::charsmap::Charsmap;
+use super::error::Problem;
 use super::prefix_set::PrefixSet;
 use super::proto::{NormalizerSpec, TrainerSpec};
-use super::{META_SPACE, Problem};
+
+/// U+2581, which stands for a space in the text of a piece.
+pub(super) const META_SPACE: &str = "\u{2581}";
 
 /// The rules of one model.
 #[derive(Debug)]

@@ -5,7 +5,7 @@
 //! `split_by_unicode_script`, `allow_whitespace_only_pieces` and the `*_id` fields steer training alone: encoding finds
 //! the special pieces by their names and types.
 
-use super::{PieceKind, Problem, SentencePieceError};
+use super::error::{Problem, SentencePieceError};
 
 /// `TrainerSpec.ModelType` of byte-pair encoding; a file that states none means unigram.
 const MODEL_TYPE_BPE: u64 = 2;
@@ -19,6 +19,23 @@ pub struct ModelProto {
     pub trainer_spec: TrainerSpec,
     /// How text is prepared before pieces are looked for.
     pub normalizer_spec: NormalizerSpec,
+}
+
+/// What a piece stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PieceKind {
+    /// Its text.
+    Normal,
+    /// Any text that no piece spells.
+    Unknown,
+    /// No text: a mark such as the begin of a sequence. Text that looks like its name does not become this piece.
+    Control,
+    /// Its text, wherever that occurs, before anything else is looked for.
+    UserDefined,
+    /// Its text, but encoding does not yield it.
+    Unused,
+    /// One byte of a character that no piece spells.
+    Byte(u8),
 }
 
 /// One entry of the vocabulary.
@@ -214,7 +231,7 @@ fn read_piece(bytes: &[u8]) -> Result<Piece, Problem> {
 }
 
 /// The byte that a byte piece's name spells: `<0x0A>`, in capitals.
-fn byte_of(piece: &str) -> Option<u8> {
+pub(crate) fn byte_of(piece: &str) -> Option<u8> {
     let digits = piece.strip_prefix("<0x")?.strip_suffix('>')?;
     let byte = u8::from_str_radix(digits, 16).ok()?;
     (format!("{byte:02X}") == digits).then_some(byte)

@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 
+use super::error::Problem;
 use super::prefix_set::PrefixSet;
-use super::proto::Piece;
-use super::{PieceKind, Problem};
+use super::proto::{Piece, PieceKind};
 use crate::TokenId;
 
 /// The library refuses longer pieces too; keeps every lookup short.
