@@ -2,11 +2,11 @@
 
     python reference/chat_goldens.py
 
-Templates: two of our own in goldens/chat, with the constructs of Qwen3's and GLM-4's, and the one that is built in for
-Pangu. `cases.json` holds
+Templates: four of our own in goldens/chat, with the constructs of those of Qwen3 (also Qwen3-MoE's), GLM-4, SmolLM2 (plain
+ChatML, by a Llama) and Llama 3.1, and the one that is built in for Pangu. `cases.json` holds
 - `messages`, `tools`: pools that cases draw from;
-- for each template its name: [[indices of messages, results], ..] for every combination of roles of up to four messages.
-  There is a result for each of: tools or none, add_generation_prompt or not, enable_thinking not given, true or false;
+- for each template its name: [[indices of messages, results], ..] for every combination of roles of up to four messages,
+  for the Llamas' of up to three. There is a result for each of: tools or none, add_generation_prompt or not, enable_thinking not given, true or false;
   the last varies fastest. It is the text's FNV-1a hash (32 bits), without messages the text
   itself, and null if the template fails;
 - `context`, `expressions`: [template, text or null], rendered with that context.
@@ -27,7 +27,10 @@ TEMPLATES = {
     "qwen3_like": OUT / "qwen3_like.jinja",
     "glm4_like": OUT / "glm4_like.jinja",
     "pangu": ROOT / "crates" / "moge-model" / "src" / "chat_template" / "pangu.jinja",
+    "smollm2_like": OUT / "smollm2_like.jinja",
+    "llama3_like": OUT / "llama3_like.jinja",
 }
+MAX_MESSAGES = {"qwen3_like": 4, "glm4_like": 4, "pangu": 4, "smollm2_like": 3, "llama3_like": 3}
 ROLES = ["system", "user", "assistant", "tool"]
 THINKING = [None, True, False]
 
@@ -200,7 +203,7 @@ def render(template, context):
 def renders(template, name, pool, flat):
     rng = random.Random(name)
     offsets = {role: min(i for i, message in enumerate(flat) if message["role"] == role) for role in ROLES}
-    for count in range(5):
+    for count in range(MAX_MESSAGES[name] + 1):
         for roles in itertools.product(ROLES, repeat=count):
             indices = [offsets[role] + rng.randrange(len(pool[role])) for role in roles]
             results = []

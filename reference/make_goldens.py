@@ -14,7 +14,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import Glm4ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
+from transformers import (
+    Glm4ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from cases import CASES, Case
@@ -28,8 +35,15 @@ MIN_MARGIN = 1e-3
 MIN_MARGIN_BF16 = 5e-3
 # Fewer distinct tokens than this, and the continuation has fallen into a loop that proves little.
 MIN_DISTINCT_GREEDY_TOKENS = 24
-# Between our forward and transformers', in log-probability and hidden state.
+# Between our forward and transformers', in log-probability, hidden state and expert weight.
 ORACLE_TOLERANCE = 1e-5
+# Pangu Pro MoE is not in transformers, and for Pangu Embedded a Llama stands in.
+TRANSFORMERS = {
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+    "Qwen3MoeForCausalLM": Qwen3MoeForCausalLM,
+    "LlamaForCausalLM": LlamaForCausalLM,
+    "Glm4ForCausalLM": Glm4ForCausalLM,
+}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -129,6 +143,7 @@ def tensor_shapes(raw: dict):
     config, hidden_size = Config.from_json(raw), raw["hidden_size"]
     architecture = raw["architectures"][0]
     is_pangu, is_glm4 = architecture.startswith("Pangu"), architecture == "Glm4ForCausalLM"
+    has_shared_expert = architecture == "PanguProMoEForCausalLM"
     q_size, kv_size = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
     yield "model.embed_tokens.weight", [raw["vocab_size"], hidden_size]
@@ -144,17 +159,19 @@ def tensor_shapes(raw: dict):
             if is_pangu or raw["attention_bias"]:
                 yield f"{layer}.self_attn.{name}.bias", [size]
         yield f"{layer}.self_attn.o_proj.weight", [hidden_size, q_size]
-        if is_pangu:
+        if is_pangu or (architecture == "LlamaForCausalLM" and raw["attention_bias"]):
             yield f"{layer}.self_attn.o_proj.bias", [hidden_size]
-        if architecture == "Qwen3ForCausalLM":
+        if architecture.startswith("Qwen3"):
             yield f"{layer}.self_attn.q_norm.weight", [config.head_dim]
             yield f"{layer}.self_attn.k_norm.weight", [config.head_dim]
-        if config.num_experts:
+        if n in config.routed_layers:
             yield f"{layer}.mlp.gate.weight", [config.num_experts, hidden_size]
-            yield f"{layer}.mlp.router_scale", [1, config.num_experts]
+            if has_shared_expert:
+                yield f"{layer}.mlp.router_scale", [1, config.num_experts]
             for expert in range(config.num_experts):
                 yield from mlp_shapes(f"{layer}.mlp.experts.{expert}", hidden_size, raw["moe_intermediate_size"])
-            yield from mlp_shapes(f"{layer}.mlp.shared_expert", hidden_size, raw["shared_expert_intermediate_size"])
+            if has_shared_expert:
+                yield from mlp_shapes(f"{layer}.mlp.shared_expert", hidden_size, raw["shared_expert_intermediate_size"])
         elif is_glm4:
             yield f"{layer}.mlp.gate_up_proj.weight", [2 * raw["intermediate_size"], hidden_size]
             yield f"{layer}.mlp.down_proj.weight", [hidden_size, raw["intermediate_size"]]
@@ -257,9 +274,10 @@ def ask_transformers(case: Case, directory: Path, tokens: torch.Tensor, ours: Ou
         options = {key: case.config[key] for key in keys}
         network, source = LlamaForCausalLM, {"config": LlamaConfig(attention_bias=True, **options)}
     else:
-        network, source = {"Qwen3ForCausalLM": Qwen3ForCausalLM, "Glm4ForCausalLM": Glm4ForCausalLM}[architecture], {}
+        network, source = TRANSFORMERS[architecture], {}
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # Grouped products refuse odd widths.
     theirs, report = network.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **source
+        directory, dtype=torch.float32, output_loading_info=True, **eager, **source
     )
     assert not any(report.values()), report
 
@@ -267,13 +285,27 @@ def ask_transformers(case: Case, directory: Path, tokens: torch.Tensor, ours: Ou
     hidden = []
     for module in [*theirs.model.layers, theirs.model.norm]:
         module.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0][0]))
+    routes = record_routes(theirs)
     with torch.no_grad():
         logits = theirs(input_ids=tokens[None]).logits[0]
     hidden = torch.stack(hidden)
 
     assert logprob_distance(ours.logits, logits) < ORACLE_TOLERANCE, case.name
     assert (ours.hidden - hidden).abs().max() < ORACLE_TOLERANCE, case.name
+    assert len(routes) == len(ours.expert_ids), case.name
+    for (expert_weights, expert_ids), our_ids, our_weights in zip(routes, ours.expert_ids, ours.expert_weights):
+        assert torch.equal(expert_ids, our_ids.flatten(1)), case.name
+        assert (expert_weights - our_weights.flatten(1)).abs().max() < ORACLE_TOLERANCE, case.name
     return None if architecture == "PanguEmbeddedForCausalLM" else (logits, hidden)
+
+
+def record_routes(network: PreTrainedModel) -> list:
+    """Return a list that gets weights and ids of the chosen experts, `[num_tokens, top_k]`, from each routed layer."""
+    routes = []
+    for layer in network.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.gate.register_forward_hook(lambda _module, _inputs, outputs: routes.append(outputs[1:]))
+    return routes
 
 
 def logprob_distance(a: torch.Tensor, b: torch.Tensor) -> float:

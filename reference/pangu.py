@@ -1,14 +1,18 @@
 """The decoder that moge runs, written a second time in plain PyTorch: slow, short, and made to be read.
 
-One forward pass covers the four architectures. They differ in a few places only:
+One forward pass covers the six architectures. They differ in a few places only:
 
                                norms      q/k norm  RoPE                      MLP
     PanguProMoEForCausalLM     pre        no        whole head, rotate-half   grouped experts + shared expert
     PanguEmbeddedForCausalLM   pre        no        whole head, rotate-half   dense
     Qwen3ForCausalLM           pre        yes       whole head, rotate-half   dense
+    Qwen3MoeForCausalLM        pre        yes       whole head, rotate-half   plain top-K experts, some layers dense
+    LlamaForCausalLM           pre        no        whole head, rotate-half,  dense
+                                                    frequencies may be scaled
     Glm4ForCausalLM            sandwich   no        part, interleaved pairs   dense, gate and up fused
 
-A projection has a bias exactly where the checkpoint stores one. The routed layer follows arXiv 2505.21411 §2.
+A projection has a bias exactly where the checkpoint stores one. The routed layer follows arXiv 2505.21411 §2; plain
+top-K is the same with one expert group.
 
 The arithmetic is f32 on the stored weights, whatever their type. `bf16_activations=True` simulates a machine whose
 matrix products take bf16 inputs and accumulate in f32: see `forward` for the points where values are rounded.
@@ -35,20 +39,28 @@ class Config:
     rope_theta: float
     rotary_dim: int
     rope_interleaved: bool
+    rope_scaling: dict | None  # Llama 3's, under the names of its config; None: frequencies are not scaled
     tie_word_embeddings: bool
-    num_experts: int  # 0: the MLP is dense
+    num_experts: int  # 0: all layers are dense
     num_expert_groups: int
     top_k_per_group: int
+    renormalise: bool  # Whether the weights of a token's experts are divided by their sum.
+    routed_layers: tuple[int, ...]  # The other layers have a dense MLP.
 
     @staticmethod
     def from_json(raw: dict) -> "Config":
         head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
         rope = {**raw, **raw.get("rope_parameters", {})}  # Newer files nest the RoPE settings.
-        experts_per_token = raw.get("num_experts_per_tok", 0)
-        # The first release does not state the number of expert groups: one expert is taken from each.
-        num_expert_groups = raw.get("num_expert_groups", experts_per_token)
+        num_layers, experts_per_token = raw["num_hidden_layers"], raw.get("num_experts_per_tok", 0)
+        if raw["architectures"] == ["Qwen3MoeForCausalLM"]:
+            num_expert_groups = 1
+        else:  # Pangu's first release does not state their number: one expert is taken from each.
+            num_expert_groups = raw.get("num_expert_groups", experts_per_token)
+        # Every step-th layer is routed, unless it is listed as one with an MLP only.
+        step, mlp_only_layers = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers", [])
+        can_route = [n for n in range(num_layers) if (n + 1) % step == 0 and n not in mlp_only_layers]
         return Config(
-            num_layers=raw["num_hidden_layers"],
+            num_layers=num_layers,
             num_q_heads=raw["num_attention_heads"],
             num_kv_heads=raw["num_key_value_heads"],
             head_dim=head_dim,
@@ -56,10 +68,13 @@ class Config:
             rope_theta=rope["rope_theta"],
             rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)),
             rope_interleaved=raw["architectures"] == ["Glm4ForCausalLM"],
+            rope_scaling=raw.get("rope_scaling"),
             tie_word_embeddings=raw["tie_word_embeddings"],
             num_experts=raw.get("num_experts", 0),
             num_expert_groups=num_expert_groups,
             top_k_per_group=experts_per_token // num_expert_groups if num_expert_groups else 0,
+            renormalise=raw.get("norm_topk_prob", False),
+            routed_layers=tuple(can_route) if raw.get("num_experts", 0) else (),
         )
 
 
@@ -92,10 +107,10 @@ class Output:
 
     logits: torch.Tensor  # [num_tokens, vocab_size]
     hidden: torch.Tensor  # [num_layers + 1, num_tokens, hidden_size]: residual stream around the layers
-    expert_ids: list  # per layer: [num_tokens, num_expert_groups, top_k_per_group]
-    expert_weights: list  # per layer, same shape
-    router_probs: list  # per layer: [num_tokens, num_expert_groups, experts_per_group]
-    router_logits: list  # per layer: [num_tokens, num_experts]
+    expert_ids: list  # per routed layer: [num_tokens, num_expert_groups, top_k_per_group]
+    expert_weights: list  # per routed layer, same shape
+    router_probs: list  # per routed layer: [num_tokens, num_expert_groups, experts_per_group]
+    router_logits: list  # per routed layer: [num_tokens, num_experts]
 
 
 def forward(model: Model, tokens: torch.Tensor, bf16_activations: bool = False) -> Output:
@@ -118,7 +133,7 @@ def forward(model: Model, tokens: torch.Tensor, bf16_activations: bool = False) 
         x = x + (model.norm(f"{layer}.post_self_attn_layernorm", y) if sandwich else y)
 
         normed = rounded(model.norm(f"{layer}.post_attention_layernorm", x))
-        if config.num_experts:
+        if n in config.routed_layers:
             y, *route = grouped_experts(model, f"{layer}.mlp", normed, rounded)
             routes.append(route)
         else:
@@ -154,6 +169,8 @@ def rope(config: Config, x: torch.Tensor) -> torch.Tensor:
     """Turn the first `rotary_dim` numbers of each head of `x` `[num_tokens, num_heads, head_dim]` by its position."""
     dim = config.rotary_dim
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=x.dtype) / dim)
+    if config.rope_scaling:
+        frequencies = scaled_frequencies(config.rope_scaling, frequencies)
     angles = (torch.arange(len(x), dtype=x.dtype)[:, None] * frequencies)[:, None, :]
     cos, sin = angles.cos(), angles.sin()
     turned, kept = x[..., :dim], x[..., dim:]
@@ -166,6 +183,18 @@ def rope(config: Config, x: torch.Tensor) -> torch.Tensor:
     return torch.cat((turned, kept), dim=-1)
 
 
+def scaled_frequencies(scaling: dict, frequencies: torch.Tensor) -> torch.Tensor:
+    """Llama 3's way to longer contexts: `frequencies` that turn seldom within the original one are slowed by `factor`.
+
+    Those of up to `low_freq_factor` turns are, those of `high_freq_factor` and more stay, and in between the two blend.
+    """
+    assert scaling["rope_type"] == "llama3"
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    num_turns = scaling["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
+    kept = ((num_turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
+
+
 def swiglu(model: Model, name: str, x: torch.Tensor, rounded) -> torch.Tensor:
     """`down(silu(gate(x)) * up(x))`; a fused `gate_up_proj` holds the gate's rows first."""
     if f"{name}.gate_up_proj.weight" in model.weights:
@@ -176,11 +205,12 @@ def swiglu(model: Model, name: str, x: torch.Tensor, rounded) -> torch.Tensor:
 
 
 def grouped_experts(model: Model, name: str, x: torch.Tensor, rounded) -> tuple[torch.Tensor, ...]:
-    """Routed experts in expert groups, plus the shared expert.
+    """Routed experts in expert groups, plus the shared expert if there is one.
 
     The softmax runs over all experts; then every expert group of consecutive experts contributes those of its
     `top_k_per_group` with the highest probability, best first, ties to the lower id. A chosen expert's weight is its
-    probability times its `router_scale`: the scale has no say in the choice, and nothing is renormalised.
+    probability: in Pangu times its `router_scale`, which has no say in the choice; in Qwen3-MoE, if its config asks for
+    it, divided by the sum over the token's experts.
     """
     config = model.config
     experts_per_group = config.num_experts // config.num_expert_groups
@@ -190,10 +220,14 @@ def grouped_experts(model: Model, name: str, x: torch.Tensor, rounded) -> tuple[
     best_first = grouped_probs.sort(dim=-1, descending=True, stable=True).indices
     group_starts = torch.arange(0, config.num_experts, experts_per_group)[:, None]
     expert_ids = best_first[..., : config.top_k_per_group] + group_starts
-    scaled_probs = probs * model.weights[f"{name}.router_scale"]
+    router_scale = model.weights.get(f"{name}.router_scale")
+    scaled_probs = probs if router_scale is None else probs * router_scale
     expert_weights = scaled_probs.gather(1, expert_ids.flatten(1)).view(expert_ids.shape)
+    if config.renormalise:
+        expert_weights = expert_weights / expert_weights.sum(dim=(1, 2), keepdim=True)
 
-    y = swiglu(model, f"{name}.shared_expert", x, rounded)
+    has_shared_expert = f"{name}.shared_expert.down_proj.weight" in model.weights
+    y = swiglu(model, f"{name}.shared_expert", x, rounded) if has_shared_expert else torch.zeros_like(x)
     for expert in range(config.num_experts):
         token, *place = (expert_ids == expert).nonzero(as_tuple=True)
         weight = expert_weights[token, *place][:, None]

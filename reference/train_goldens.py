@@ -6,15 +6,16 @@ A case is a folder, `goldens/train/CASE/`:
 
     config.json, model.safetensors   the network, f32
     batch.safetensors                `tokens` and `targets` i32 [num_rows], -1 where a row has no target;
-                                     `piece_offsets` i32 [num_pieces + 1]; of grouped experts also
-                                     `expert_ids` i32 [num_layers, num_rows, num_expert_groups, top_k_per_group]
+                                     `piece_offsets` i32 [num_pieces + 1]; of experts also
+                                     `expert_ids` i32 [num_routed_layers, num_rows, num_expert_groups, top_k_per_group]
     gradients.safetensors            gradient of the sum of all losses, under the name of each weight
     expected.json                    the coefficients, each loss (multiplied with its coefficient), the norm of all
                                      gradients, and by how much the closest choice of an expert was won
 
     cross_entropy   mean over the rows that have a target
-    aux_loss        aux_coefficient * sum over layers of sum_i f_i p_i (arXiv 2505.21411 §2), over all rows of the batch
-    z_loss          z_coefficient * sum over layers of mean over rows of logsumexp(router logits)^2
+    aux_loss        aux_coefficient * sum over routed layers of sum_i f_i p_i (arXiv 2505.21411 §2), over all rows of
+                    the batch; p_i is a mean of softmax over all experts, before weights are renormalised
+    z_loss          z_coefficient * sum over routed layers of mean over rows of logsumexp(router logits)^2
 
 RUN_CASE has a run too: 20 steps from the same weights, each on a batch of its own. `run.safetensors` holds `tokens` and
 `targets` i32 [num_steps, num_rows] and `piece_offsets`; `run.json` the settings and what came out of each step before its
@@ -34,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from cases import GLM4, PANGU_EMBEDDED, PANGU_PRO_MOE, QWEN3, Case
+from cases import GLM4, LLAMA, PANGU_EMBEDDED, PANGU_PRO_MOE, QWEN3, QWEN3_MOE, Case
 from make_goldens import GOLDENS, routing_margin, write_checkpoint, write_json
 from pangu import Model, Output, forward
 
@@ -134,6 +135,54 @@ CASES = {
         "num_key_value_heads": 2,
         "tie_word_embeddings": False,
         "vocab_size": 57,
+    },
+    # Plain top-K whose weights are renormalised, and a dense layer between two routed ones.
+    "qwen3-moe": {
+        **QWEN3_MOE,
+        **F32,
+        "bos_token_id": 1,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 3,
+        "head_dim": 6,
+        "hidden_size": 22,
+        "intermediate_size": 31,
+        "mlp_only_layers": [1],
+        "moe_intermediate_size": 9,
+        "norm_topk_prob": True,
+        "num_attention_heads": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+        "vocab_size": 49,
+    },
+    # Biases on q, k, v and o, and scaled frequencies: of the seven, one stays and one is blended.
+    "llama3": {
+        **LLAMA,
+        **F32,
+        "attention_bias": True,
+        "bos_token_id": 1,
+        "eos_token_id": [2, 3],
+        "head_dim": 14,
+        "hidden_size": 24,
+        "initializer_range": 0.02,
+        "intermediate_size": 37,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "rope_scaling": {
+            "factor": 8.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 72,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "transformers_version": "4.45.0.dev0",
+        "vocab_size": 51,
     },
     "glm4": {
         **GLM4,
@@ -255,8 +304,8 @@ def losses_of(model: Model, batch: Batch, aux_coefficient: float, z_coefficient:
     cross_entropy = F.cross_entropy(logits, batch.targets, ignore_index=IGNORED)
     aux_loss = z_loss = torch.zeros((), dtype=logits.dtype)
     if model.config.num_experts:
-        expert_ids = over_pieces(outputs, "expert_ids").flatten(2)  # [num_layers, num_rows, experts_per_token]
-        router_logits = over_pieces(outputs, "router_logits")  # [num_layers, num_rows, num_experts]
+        expert_ids = over_pieces(outputs, "expert_ids").flatten(2)  # [num_routed_layers, num_rows, experts_per_token]
+        router_logits = over_pieces(outputs, "router_logits")  # [num_routed_layers, num_rows, num_experts]
         counts = F.one_hot(expert_ids, model.config.num_experts).sum(dim=[1, 2])
         f = counts * model.config.num_experts / expert_ids[0].numel()
         p = router_logits.softmax(-1).mean(1)
@@ -266,7 +315,7 @@ def losses_of(model: Model, batch: Batch, aux_coefficient: float, z_coefficient:
 
 
 def over_pieces(outputs: list[Output], field: str) -> torch.Tensor:
-    """What each layer yielded for the rows of all pieces, `[num_layers, num_rows, ..]`."""
+    """What each routed layer yielded for the rows of all pieces, `[num_routed_layers, num_rows, ..]`."""
     return torch.cat([torch.stack(getattr(output, field)) for output in outputs], dim=1)
 
 

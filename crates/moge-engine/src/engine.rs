@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use moge_model::{
-    BLOCK_SIZE, Cpu, ExpertId, KvCache, KvType, Model, ModelConfig, Precision, StepLimits, TokenId, Tokenizer,
-    Workspace,
+    BLOCK_SIZE, Cpu, ExpertId, KvCache, KvType, Model, ModelConfig, Precision, StepLimits, StepOutput, TokenId,
+    Tokenizer, Workspace,
 };
 
 use crate::logprobs::row_logprobs;
@@ -68,6 +68,7 @@ pub struct Engine {
     cpu: Cpu,
     kv_cache: KvCache,
     workspace: Workspace,
+    output: StepOutput,
     scheduler: Scheduler,
     sampler: Sampler,
     expert_load: Option<ExpertLoad>,
@@ -84,6 +85,7 @@ impl Engine {
         Engine {
             kv_cache: KvCache::new(model.config(), config.kv, config.num_blocks),
             workspace: Workspace::new(model.config(), config.activation, limits),
+            output: StepOutput::new(model.config(), limits),
             scheduler: Scheduler::new(config.scheduler(model.config()), tokenizer),
             sampler: Sampler::default(),
             expert_load: ExpertLoad::new(model.config()),
@@ -112,12 +114,12 @@ impl Engine {
     pub fn step(&mut self) -> Vec<SequenceOutput> {
         let Some(step) = self.scheduler.schedule() else { return Vec::new() };
         self.masks.start(&mut self.scheduler, &step);
-        self.model.forward(&self.cpu, &step.batch, &mut self.kv_cache, &mut self.workspace);
+        self.model.forward(&self.cpu, &step.batch, &mut self.kv_cache, &mut self.workspace, &mut self.output);
         let masks = self.masks.finish(&mut self.scheduler);
-        let mut results = sample(&mut self.sampler, &self.scheduler, &step, self.workspace.logits(), masks);
+        let mut results = sample(&mut self.sampler, &self.scheduler, &step, &self.output.logits, masks);
         if let Some(load) = &mut self.expert_load {
-            load.add(self.workspace.rows_per_expert());
-            add_expert_ids(&mut results, &step, self.workspace.expert_ids(), load);
+            load.add(&self.output.rows_per_expert);
+            add_expert_ids(&mut results, &step, &self.output.expert_ids, load);
         }
         self.scheduler.postprocess(&step, results)
     }

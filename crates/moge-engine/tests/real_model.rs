@@ -8,7 +8,7 @@ use moge_engine::{
 };
 use moge_model::{
     BLOCK_SIZE, Batch, BlockId, Cpu, Isa, KvCache, KvType, LoadMode, Model, Precision, SequenceRows, StepLimits,
-    TokenId, Workspace,
+    StepOutput, TokenId, Workspace,
 };
 use safetensors::SafeTensors;
 
@@ -226,7 +226,8 @@ fn traced_expert_ids(case: &str, tokens: &[TokenId], experts_per_token: usize, e
     let num_blocks = num_rows.div_ceil(BLOCK_SIZE);
     let limits = StepLimits { max_rows: num_rows, max_logit_rows: 0, max_context: num_rows, num_threads: 1 };
     let mut work = Workspace::new(model.config(), Precision::F32, limits);
-    work.record_trace();
+    let mut output = StepOutput::default();
+    output.record_trace();
     let block_table = (0..num_blocks as u32).map(BlockId).collect();
     let batch = Batch {
         tokens: tokens.to_vec(),
@@ -234,8 +235,8 @@ fn traced_expert_ids(case: &str, tokens: &[TokenId], experts_per_token: usize, e
         ..Batch::default()
     };
     let mut kv_cache = KvCache::new(model.config(), KvType::F32, num_blocks);
-    model.forward(&Cpu::new(Isa::select().unwrap(), 1), &batch, &mut kv_cache, &mut work);
-    let layers = &work.trace().unwrap().routes;
+    model.forward(&Cpu::new(Isa::select().unwrap(), 1), &batch, &mut kv_cache, &mut work, &mut output);
+    let layers = &output.trace.as_ref().unwrap().routes;
     let rows = (0..num_rows).flat_map(|row| layers.iter().map(move |layer| &layer[row * experts_per_token..]));
     rows.flat_map(|row| &row[..experts_per_token]).map(|route| (route.expert.0 % experts_per_group) as u8).collect()
 }

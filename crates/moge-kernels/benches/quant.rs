@@ -9,7 +9,7 @@ mod common;
 
 use common::{cpu_of_arguments, median, seconds};
 use moge_kernels::{
-    Cpu, ExpertsDown, GroupedRows, Int8Product, Isa, MemoryRead, PackedFormat, PackedMatrix, PackedProduct,
+    Begin, Cpu, ExpertsDown, GroupedRows, Int8Product, Isa, MemoryRead, PackedFormat, PackedMatrix, PackedProduct,
     QuantizedRows, int8_ops_per_s, packed_experts_down, packed_gemm, packed_swiglu,
 };
 
@@ -104,7 +104,7 @@ fn bench(cpu: &Cpu, memory: &MemoryRead, weights: &Weights, product: Int8Product
     quantized.quantize(cpu, &inner, INTER, GroupedRows { source_rows: None, ..grouped });
     let down = |e: usize| weights.down(e);
     let experts = ExpertsDown { inner: &quantized, down: &down, source_rows: &source_rows, row_weights: &factors };
-    report("down", 1.0, &mut || seconds(|| packed_experts_down(cpu, &mut residual, HIDDEN, experts)));
+    report("down", 1.0, &mut || seconds(|| packed_experts_down(cpu, &mut residual, Begin::Residual, HIDDEN, experts)));
 }
 
 /// Bytes that stand for the gate, up and down weights of all experts; what they mean is of no matter to the time.

@@ -1,20 +1,39 @@
-//! The weighted sum over a row's experts, added to the residual stream.
+//! The weighted sum over a row's experts.
 
 use crate::cpu::Cpu;
-use crate::isa::Isa;
 use crate::simd::{Simd, SimdOp};
 
-/// `residual[t] += (sum over j of weights[t, j] * expert_out[slots[t, j]]) + shared[t]`, the sum in the order of `j`.
+/// What a sum over experts begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// Nothing: the output is the sum. For what a norm or a sum over ranks has yet to follow.
+    Zero,
+    /// The output's own values, the residual stream, to which the sum is added.
+    Residual,
+}
+
+/// Outputs of routed experts, and which of them each row adds up.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertOutputs<'a> {
+    /// `[num_rows * experts_per_token, hidden]`.
+    pub rows: &'a [f32],
+    /// The dispatched row of each of a row's experts, `[num_rows, experts_per_token]`.
+    pub slots: &'a [u32],
+    /// Its weight, `[num_rows, experts_per_token]`.
+    pub weights: &'a [f32],
+}
+
+/// `out[t] (=|+=) (sum over j of weights[t, j] * rows[slots[t, j]]) + shared[t]`, the sum in the order of `j`.
 ///
-/// Shapes: `residual`, `shared` `[num_rows, hidden]`; `expert_out` `[num_rows * experts_per_token, hidden]`; `slots` and
-/// `weights` `[num_rows, experts_per_token]`: the dispatched row of each of a row's experts, and its weight.
+/// Shapes: `out`, `shared` `[num_rows, hidden]`; without `shared` it counts as 0.
 ///
 /// # Panics
 /// If a length does not fit or a slot is out of bounds.
-pub fn combine(cpu: &Cpu, residual: &mut [f32], expert_out: &[f32], slots: &[u32], weights: &[f32], shared: &[f32]) {
-    assert_eq!(residual.len(), shared.len(), "residual and shared");
+pub fn combine(cpu: &Cpu, out: &mut [f32], begin: Begin, experts: ExpertOutputs<'_>, shared: Option<&[f32]>) {
+    let ExpertOutputs { rows: expert_out, slots, weights } = experts;
+    assert!(shared.is_none_or(|shared| out.len() == shared.len()), "out and shared");
     assert_eq!(slots.len(), weights.len(), "slots and weights");
-    if residual.is_empty() {
+    if out.is_empty() {
         return;
     }
     assert!(
@@ -23,32 +42,28 @@ pub fn combine(cpu: &Cpu, residual: &mut [f32], expert_out: &[f32], slots: &[u32
         slots.len()
     );
     let hidden = expert_out.len() / slots.len();
-    assert!(hidden > 0 && residual.len().is_multiple_of(hidden), "{} numbers in rows of {hidden}", residual.len());
-    let num_rows = residual.len() / hidden;
+    assert!(hidden > 0 && out.len().is_multiple_of(hidden), "{} numbers in rows of {hidden}", out.len());
+    let num_rows = out.len() / hidden;
     assert!(slots.len().is_multiple_of(num_rows), "{} slots for {num_rows} rows", slots.len());
     assert!(slots.iter().all(|&slot| (slot as usize) < slots.len()), "a slot is not below {}", slots.len());
     let per_row = slots.len() / num_rows;
     let isa = cpu.isa();
-    cpu.for_each_rows(residual, hidden, |rows, residual| {
-        for (row, residual) in rows.zip(residual.chunks_exact_mut(hidden)) {
+    cpu.for_each_rows(out, hidden, |rows, out| {
+        for (row, out) in rows.zip(out.chunks_exact_mut(hidden)) {
             let choices = row * per_row..(row + 1) * per_row;
-            let (slots, weights) = (&slots[choices.clone()], &weights[choices]);
-            let shared = &shared[row * hidden..(row + 1) * hidden];
-            combine_row(isa, residual, expert_out, slots, weights, shared);
+            let experts =
+                ExpertOutputs { rows: expert_out, slots: &slots[choices.clone()], weights: &weights[choices] };
+            let shared = shared.map(|shared| &shared[row * hidden..(row + 1) * hidden]);
+            isa.run(CombineRow { out, begin, experts, shared });
         }
     });
 }
 
-fn combine_row(isa: Isa, residual: &mut [f32], expert_out: &[f32], slots: &[u32], weights: &[f32], shared: &[f32]) {
-    isa.run(CombineRow { residual, expert_out, slots, weights, shared });
-}
-
 struct CombineRow<'a> {
-    residual: &'a mut [f32],
-    expert_out: &'a [f32],
-    slots: &'a [u32],
-    weights: &'a [f32],
-    shared: &'a [f32],
+    out: &'a mut [f32],
+    begin: Begin,
+    experts: ExpertOutputs<'a>,
+    shared: Option<&'a [f32]>,
 }
 
 impl SimdOp for CombineRow<'_> {
@@ -59,20 +74,26 @@ impl SimdOp for CombineRow<'_> {
     fn run<S: Simd>(self, _: S) {
         /// A run of the row whose sums stay in registers.
         const RUN: usize = 64;
-        let hidden = self.residual.len();
-        for (index, residual) in self.residual.chunks_mut(RUN).enumerate() {
+        let ExpertOutputs { rows, slots, weights } = self.experts;
+        let hidden = self.out.len();
+        for (index, out) in self.out.chunks_mut(RUN).enumerate() {
             let start = index * RUN;
             let mut sums = [0.0; RUN];
-            let sums = &mut sums[..residual.len()];
-            for (&slot, &weight) in self.slots.iter().zip(self.weights) {
-                let expert = &self.expert_out[slot as usize * hidden + start..][..sums.len()];
+            let sums = &mut sums[..out.len()];
+            for (&slot, &weight) in slots.iter().zip(weights) {
+                let expert = &rows[slot as usize * hidden + start..][..sums.len()];
                 for (sum, x) in sums.iter_mut().zip(expert) {
                     *sum += weight * x;
                 }
             }
-            let shared = &self.shared[start..][..sums.len()];
-            for (residual, (sum, shared)) in residual.iter_mut().zip(sums.iter().zip(shared)) {
-                *residual += sum + shared;
+            if let Some(shared) = self.shared {
+                for (sum, shared) in sums.iter_mut().zip(&shared[start..]) {
+                    *sum += shared;
+                }
+            }
+            match self.begin {
+                Begin::Zero => out.copy_from_slice(sums),
+                Begin::Residual => out.iter_mut().zip(sums).for_each(|(out, sum)| *out += *sum),
             }
         }
     }
@@ -80,7 +101,7 @@ impl SimdOp for CombineRow<'_> {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
-    use super::combine;
+    use super::{Begin, ExpertOutputs, combine};
     use crate::testing::{Numbers, assert_close, every_cpu};
 
     #[test]
@@ -101,12 +122,23 @@ mod tests {
                         let experts: f64 = (row * per_row..(row + 1) * per_row)
                             .map(|j| f64::from(weights[j]) * f64::from(expert_out[slots[j] as usize * hidden + col]))
                             .sum();
-                        f64::from(before[i]) + experts + f64::from(shared[i])
+                        experts
                     })
                     .collect();
-                let mut residual = before.clone();
-                combine(&cpu, &mut residual, &expert_out, &slots, &weights, &shared);
-                assert_close(&residual, &expected, 1e-6, 1e-6);
+                let experts = ExpertOutputs { rows: &expert_out, slots: &slots, weights: &weights };
+                for (begin, shared) in [
+                    (Begin::Residual, Some(&shared)),
+                    (Begin::Residual, None),
+                    (Begin::Zero, Some(&shared)),
+                    (Begin::Zero, None),
+                ] {
+                    let mut out = before.clone();
+                    combine(&cpu, &mut out, begin, experts, shared.map(Vec::as_slice));
+                    let begins = |i: usize| if begin == Begin::Residual { f64::from(before[i]) } else { 0.0 };
+                    let adds = |i: usize| begins(i) + shared.map_or(0.0, |shared| f64::from(shared[i]));
+                    let expected: Vec<f64> = expected.iter().enumerate().map(|(i, sum)| sum + adds(i)).collect();
+                    assert_close(&out, &expected, 1e-6, 1e-6);
+                }
             }
         }
     }

@@ -38,7 +38,7 @@ pub use attention::{
     PieceAttentionScratch, QkvParams, SequenceRows, attention_backward, attention_forward, paged_attention, write_qkv,
 };
 pub use ceilings::{Int8Product, MemoryRead, f32_flops_per_s, int8_ops_per_s};
-pub use combine::combine;
+pub use combine::{Begin, ExpertOutputs, combine};
 pub use cpu::{Cpu, available_threads};
 pub use cross_entropy::{IGNORED_TARGET, cross_entropy};
 pub use elements::{Dtype, Elements, Matrix, Precision, Store, round_to_bf16};

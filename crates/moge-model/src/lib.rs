@@ -11,7 +11,7 @@ pub use arch::spec::ToolFormat;
 pub use checkpoint::error::{CheckpointError, TensorProblem};
 pub use checkpoint::files::{open_file, read_file, small_files};
 pub use checkpoint::non_finite::{NonFinite, count_non_finite};
-pub use checkpoint::quant_scheme::{QuantScheme, WeightRole, format_from_name, format_name};
+pub use checkpoint::quant_scheme::{LayerFormats, QuantScheme, WeightRole, format_from_name, format_name};
 pub use checkpoint::reader::{Checkpoint, LoadMode};
 pub use checkpoint::shards::PlannedTensor;
 pub use checkpoint::storage::StoredTensor;
@@ -26,14 +26,19 @@ pub use network::config::{
     Architecture, ConfigError, LayerConfig, MlpConfig, ModelConfig, MoeConfig, NormPlacement, RopeConfig, RopeScaling,
     Router,
 };
+pub use network::cpu::{StepLimits, Workspace};
 pub use network::kv_cache::KvCache;
+pub use network::load::tensor_problems;
 pub use network::model::{LoadError, Model};
+pub use network::output::{StepOutput, Trace};
 pub use network::profile::{Operator, Profile};
-pub use network::router::{Dispatch, Route, route_token, weigh_routes};
+pub use network::router::{Dispatch, Route, choose_experts, route_token, weigh_routes};
+pub use network::tensors::{MatrixSpec, PackedSpec, Part, TensorSource, TensorSpec, source_name};
+pub use network::weight::Weight;
 pub use network::weight_bytes::{LayerBytes, WeightBytes};
-pub use network::weights::{Experts, Layer, LayerMlp, Linear, Network, PostNorms, Swiglu, TensorSource, Weight};
-pub use network::weights::{PackedSpec, TensorSpec, expected_tensors, source_name, stored_bytes, tensor_problems};
-pub use network::workspace::{StepLimits, Trace, Workspace};
+pub use network::weights::{
+    Experts, Layer, LayerMlp, Linear, Network, PostNorms, Share, Swiglu, expected_tensors, stored_bytes,
+};
 pub use text::chat_template::error::ChatTemplateError;
 pub use text::chat_template::{ChatRequest, ChatTemplate, Thinking, thinking_delimiters, thinking_tokens};
 pub use text::generation_config::{GenerationDefaults, GenerationDefaultsError};

@@ -3,11 +3,13 @@
 
 mod common;
 
+use std::collections::BTreeMap;
+
 use common::Golden;
 use moge_model::synth::{SynthConfig, SynthMlp, write_checkpoint};
 use moge_model::{
-    Architecture, BLOCK_SIZE, Batch, BlockId, Cpu, Dtype, Isa, KvCache, KvType, Model, PackedFormat, Precision,
-    QuantScheme, SequenceRows, StepLimits, TokenId, Workspace,
+    Architecture, BLOCK_SIZE, Batch, BlockId, Cpu, Dtype, Isa, KvCache, KvType, LayerFormats, Model, PackedFormat,
+    Precision, QuantScheme, SequenceRows, StepLimits, StepOutput, TokenId, Workspace,
 };
 
 /// A sequence that a test feeds in chunks.
@@ -49,6 +51,7 @@ fn run(
     let mut kv_cache = KvCache::new(model.config(), kv_type, num_blocks);
     let limits = StepLimits { max_rows, max_logit_rows: max_rows, max_context: max_rows, num_threads };
     let mut work = Workspace::new(model.config(), activation, limits);
+    let mut output = StepOutput::default();
     for step in 0.. {
         let mut batch = Batch::default();
         let mut wanted = 0;
@@ -73,9 +76,9 @@ fn run(
         if batch.sequences.is_empty() {
             break;
         }
-        model.forward(&cpu, &batch, &mut kv_cache, &mut work);
-        assert_eq!(work.logits().len(), wanted * model.config().vocab_size);
-        feeds[0].logits.extend_from_slice(work.logits());
+        model.forward(&cpu, &batch, &mut kv_cache, &mut work, &mut output);
+        assert_eq!(output.logits.len(), wanted * model.config().vocab_size);
+        feeds[0].logits.extend_from_slice(&output.logits);
     }
     feeds.swap_remove(0).logits
 }
@@ -141,10 +144,16 @@ fn quantised_weights_keep_to_the_same_rule_in_every_format() {
     write_checkpoint(&path, &config, &mut |_, _| {}).unwrap();
     let tokens: Vec<TokenId> = (0..83).map(|t| TokenId(t * 7 % 500)).collect();
     let [w8a8, w4a8] = [PackedFormat::W8A8, PackedFormat::W4A8].map(QuantScheme::uniform);
-    let mixed = QuantScheme { attention: w8a8.attention, shared_expert: None, lm_head: None, ..w4a8 };
+    let attention = w8a8.layers.attention;
+    let plain_experts = LayerFormats { mlp: None, ..w8a8.layers };
+    let mixed = QuantScheme {
+        layers: LayerFormats { attention, shared_expert: None, ..w4a8.layers },
+        exceptions: BTreeMap::from([(1, plain_experts)]),
+        lm_head: None,
+    };
     for scheme in [w8a8, w4a8, mixed] {
         let cpu = Cpu::new(Isa::select().unwrap(), 2);
-        let model = Model::load_quantizing(&path, &cpu, scheme, &|_, _| {}).unwrap();
+        let model = Model::load_quantizing(&path, &cpu, scheme.clone(), &|_, _| {}).unwrap();
         for activation in [(Precision::F32, KvType::F32), (Precision::Bf16, KvType::Int8)] {
             let alone = run(&model, activation, 1, feeds(&tokens, 0, 500), |_| usize::MAX);
             assert!(alone.iter().all(|x| x.is_finite()));

@@ -6,7 +6,7 @@ mod common;
 use common::{Golden, run_whole};
 use moge_model::{
     BLOCK_SIZE, Batch, BlockId, Cpu, ExpertId, Isa, KvCache, KvType, Model, Precision, SequenceRows, StepLimits,
-    TokenId, Workspace,
+    StepOutput, TokenId, Workspace,
 };
 
 /// A sequence fed in chunks of seven rows, every third row's logits wanted.
@@ -28,8 +28,9 @@ impl Steps<'_> {
         let limits =
             StepLimits { max_rows: 7, max_logit_rows: 3, max_context: num_blocks * BLOCK_SIZE, num_threads: 2 };
         let mut work = Workspace::new(config, Precision::F32, limits);
+        let mut output = StepOutput::default();
         if self.with_trace {
-            work.record_trace();
+            output.record_trace();
         }
         let mut logits = Vec::new();
         let mut expert_ids = vec![Vec::new(); config.num_layers()];
@@ -44,11 +45,12 @@ impl Steps<'_> {
                     .filter(|row| (self.is_wanted)(7 * chunk + row))
                     .map(|row| row as u32)
                     .collect(),
+                ..Batch::default()
             };
-            self.model.forward(&cpu, &batch, &mut kv_cache, &mut work);
-            logits.extend(work.logits().iter().map(|x| x.to_bits()));
-            let layer_len = work.expert_ids().len() / config.num_layers();
-            for (all, layer) in expert_ids.iter_mut().zip(work.expert_ids().chunks(layer_len.max(1))) {
+            self.model.forward(&cpu, &batch, &mut kv_cache, &mut work, &mut output);
+            logits.extend(output.logits.iter().map(|x| x.to_bits()));
+            let layer_len = output.expert_ids.len() / config.num_layers();
+            for (all, layer) in expert_ids.iter_mut().zip(output.expert_ids.chunks(layer_len.max(1))) {
                 all.extend(layer);
             }
         }

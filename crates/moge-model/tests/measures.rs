@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use common::Golden;
 use moge_model::{
-    Batch, BlockId, Cpu, ExpertId, Isa, KvCache, KvType, Model, Operator, Precision, SequenceRows, StepLimits, TokenId,
-    Workspace,
+    Batch, BlockId, Cpu, ExpertId, Isa, KvCache, KvType, Model, Operator, Precision, SequenceRows, StepLimits,
+    StepOutput, TokenId, Workspace,
 };
 
 /// Steps of five rows that continue a sequence.
@@ -17,6 +17,7 @@ struct Steps {
     cpu: Cpu,
     kv_cache: KvCache,
     work: Workspace,
+    output: StepOutput,
     num_tokens: usize,
 }
 
@@ -25,7 +26,8 @@ impl Steps {
         let cpu = Cpu::new(Isa::select().unwrap(), 2);
         let limits = StepLimits { max_rows: 5, max_logit_rows: 5, max_context: 20, num_threads: cpu.num_threads() };
         let kv_cache = KvCache::new(model.config(), KvType::F32, 1);
-        Steps { cpu, kv_cache, work: Workspace::new(model.config(), Precision::F32, limits), num_tokens: 0 }
+        let work = Workspace::new(model.config(), Precision::F32, limits);
+        Steps { cpu, kv_cache, work, output: StepOutput::default(), num_tokens: 0 }
     }
 
     fn step(&mut self, model: &Model) {
@@ -36,7 +38,7 @@ impl Steps {
             logit_rows: (0..5).collect(),
             ..Batch::default()
         };
-        model.forward(&self.cpu, &batch, &mut self.kv_cache, &mut self.work);
+        model.forward(&self.cpu, &batch, &mut self.kv_cache, &mut self.work, &mut self.output);
         self.num_tokens += 5;
     }
 }
@@ -45,15 +47,17 @@ impl Steps {
 fn experts_hit_counts_the_experts_that_rows_went_to_in_the_last_step() {
     let model = Golden::load("pangu-pro-moe-k2").model;
     let mut steps = Steps::new(&model);
-    steps.work.record_trace();
+    steps.output.record_trace();
     for _ in 0..2 {
         steps.step(&model);
-        let chosen = steps.work.trace().unwrap().routes.iter();
+        let chosen = steps.output.trace.as_ref().unwrap().routes.iter();
         let expected: Vec<usize> =
             chosen.map(|routes| routes.iter().map(|route| route.expert).collect::<HashSet<ExpertId>>().len()).collect();
         assert_eq!(expected.len(), model.config().num_layers());
-        assert_eq!(steps.work.experts_hit(), expected);
-        for (rows, routes) in steps.work.rows_per_expert().chunks_exact(10).zip(&steps.work.trace().unwrap().routes) {
+        assert_eq!(steps.output.experts_hit(model.config()), expected);
+        for (rows, routes) in
+            steps.output.rows_per_expert.chunks_exact(10).zip(&steps.output.trace.as_ref().unwrap().routes)
+        {
             let num_rows = |expert| routes.iter().filter(|route| route.expert.0 == expert).count();
             assert_eq!(rows, (0..10).map(num_rows).collect::<Vec<_>>());
         }
@@ -61,7 +65,7 @@ fn experts_hit_counts_the_experts_that_rows_went_to_in_the_last_step() {
     let dense = Golden::load("qwen3").model;
     let mut steps = Steps::new(&dense);
     steps.step(&dense);
-    assert_eq!(steps.work.experts_hit(), [0usize; 0]);
+    assert_eq!(steps.output.experts_hit(model.config()), [0usize; 0]);
 }
 
 #[test]

@@ -2,7 +2,8 @@
 
 use moge_kernels::{Cpu, KvType, Precision};
 use moge_model::{
-    BLOCK_SIZE, Batch, BlockId, KvCache, Model, ModelConfig, Route, SequenceRows, StepLimits, TokenId, Workspace,
+    BLOCK_SIZE, Batch, BlockId, KvCache, Model, ModelConfig, Route, SequenceRows, StepLimits, StepOutput, TokenId,
+    Workspace,
 };
 use serde::Serialize;
 
@@ -15,6 +16,7 @@ pub struct Side {
     model: Model,
     kv_cache: KvCache,
     work: Workspace,
+    output: StepOutput,
 }
 
 /// What a model makes of a text, perhaps beside a baseline.
@@ -51,9 +53,10 @@ impl Side {
     /// `model`, to read up to `context` tokens at a time.
     pub fn new(model: Model, cpu: &Cpu, activation: Precision, kv: KvType, context: usize) -> Side {
         let kv_cache = KvCache::new(model.config(), kv, context.div_ceil(BLOCK_SIZE));
-        let mut work = Workspace::new(model.config(), activation, limits(context, cpu.num_threads()));
-        work.record_trace();
-        Side { model, kv_cache, work }
+        let work = Workspace::new(model.config(), activation, limits(context, cpu.num_threads()));
+        let mut output = StepOutput::default();
+        output.record_trace();
+        Side { model, kv_cache, work, output }
     }
 
     /// Bytes that [`Side::new`] needs beside the weights: of the KV cache, and of a step.
@@ -63,18 +66,18 @@ impl Side {
     }
 
     fn step(&mut self, cpu: &Cpu, batch: &Batch) {
-        self.model.forward(cpu, batch, &mut self.kv_cache, &mut self.work);
+        self.model.forward(cpu, batch, &mut self.kv_cache, &mut self.work, &mut self.output);
     }
 
     /// Logits of row `row` among those that were wanted.
     fn logits(&self, row: usize) -> &[f32] {
         let vocab_size = self.model.config().vocab_size;
-        &self.work.logits()[row * vocab_size..(row + 1) * vocab_size]
+        &self.output.logits[row * vocab_size..(row + 1) * vocab_size]
     }
 
     /// Choices of the last step, layer by layer.
     fn routes(&self) -> &[Vec<Route>] {
-        self.work.trace().map_or(&[], |trace| &trace.routes)
+        self.output.trace.as_ref().map_or(&[], |trace| &trace.routes)
     }
 
     /// Experts of a layer, and of them those that a token takes.

@@ -52,7 +52,7 @@ impl Source {
         if !config.quant.is_none() {
             return Err(QuantizeError::AlreadyQuantized { dir: dir.to_owned() });
         }
-        let packed_config = ModelConfig { quant: scheme, ..config.clone() };
+        let packed_config = ModelConfig { quant: scheme.clone(), ..config.clone() };
         let specs = expected_tensors(&packed_config);
         refuse(dir, specs.iter().filter_map(TensorSpec::width_problem).collect())?;
         let items = match import {

@@ -43,7 +43,7 @@ fn logits_of_every_network_in_every_format_are_near_those_in_f32() {
     for architecture in Architecture::ALL {
         let dir = tempfile::tempdir().unwrap();
         synth(dir.path(), &synth_config(architecture));
-        for (name, scheme, kv, bound) in formats {
+        for (name, scheme, kv, bound) in formats.clone() {
             let found = compare(dir.path(), scheme, kv);
             println!("{architecture:?} {name}: {found:?}");
             assert!(found.logit_error <= bound, "{architecture:?} {name}: {found:?}");

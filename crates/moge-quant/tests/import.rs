@@ -339,7 +339,8 @@ fn types_that_are_not_implemented_are_refused_by_name() {
         assert!(message.contains("there are FLOAT, W8A8, W8A8_DYNAMIC"), "{message}");
     }
     let int8 = Int8::new(Architecture::PanguProMoe);
-    let scheme = QuantScheme { attention: None, ..QuantScheme::uniform(PackedFormat::W8A8) };
+    let mut scheme = QuantScheme::uniform(PackedFormat::W8A8);
+    scheme.layers.attention = None;
     assert!(
         int8.refused_as(scheme).contains("q_proj.weight: int8 weights cannot stay as they are; give --attention w8a8")
     );

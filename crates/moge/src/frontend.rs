@@ -424,7 +424,7 @@ impl Frontend {
         let bar = progress::bytes(if args.quantize.is_some() { "quantising" } else { "loading" });
         let report = |done, total| progress::set(&bar, done, total);
         let model = match (args.quantize, args.load) {
-            (Some(_), _) => Model::load_quantizing(&self.dir, &cpu, self.config.quant, &report)?,
+            (Some(_), _) => Model::load_quantizing(&self.dir, &cpu, self.config.quant.clone(), &report)?,
             (None, LoadArg::Mmap) => Model::load(&self.dir, LoadMode::Mmap, &report)?,
             (None, LoadArg::Read) => Model::load(&self.dir, LoadMode::Read, &report)?,
         };

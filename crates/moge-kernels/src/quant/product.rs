@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::rows::{Tile, tiles};
 use super::tile::{MAX_PANELS, Products, multiply_panels, with_place};
 use super::{PANEL_ROWS, PackedFormat, PackedMatrix, QuantizedRows};
+use crate::combine::Begin;
 use crate::cpu::{Cpu, SharedMut};
 use crate::elements::Precision;
 use crate::isa::Isa;
@@ -132,26 +133,33 @@ pub struct ExpertsDown<'a, 'w> {
     pub row_weights: &'a [f32],
 }
 
-/// `residual[t] += sum over experts e in order, sum over the rows d of e that belong to t: row_weights[d] * (down(e) . inner[d])`,
-/// added to the residual stream one after another: the last products of experts and their weighted sum in one.
+/// `out[t] (=|+=) sum over experts e in order, sum over the rows d of e that belong to t: row_weights[d] * (down(e) . inner[d])`,
+/// added to `out` one after another: the last products of experts and their weighted sum in one.
 ///
-/// Shapes: `residual` `[num_rows, hidden]`. Every part of the work has some columns of all rows, so the order of a
+/// Shapes: `out` `[num_rows, hidden]`. Every part of the work has some columns of all rows, so the order of a
 /// row's sum is that of its experts.
 ///
 /// # Panics
 /// If a length does not fit or a source row is out of bounds.
-pub fn packed_experts_down(cpu: &Cpu, residual: &mut [f32], hidden: usize, experts: ExpertsDown<'_, '_>) {
+pub fn packed_experts_down(cpu: &Cpu, out: &mut [f32], begin: Begin, hidden: usize, experts: ExpertsDown<'_, '_>) {
     let ExpertsDown { inner, down, source_rows, row_weights } = experts;
-    let num_rows = residual.len() / hidden;
-    assert_eq!(residual.len(), num_rows * hidden, "residual in rows of {hidden}");
+    let num_rows = out.len() / hidden;
+    assert_eq!(out.len(), num_rows * hidden, "out in rows of {hidden}");
     assert!(source_rows.len() == inner.num_rows() && row_weights.len() == inner.num_rows(), "rows of the experts");
     assert!(source_rows.iter().all(|&row| (row as usize) < num_rows), "a source row is not below {num_rows}");
-    let residual = SharedMut::new(residual);
+    let out = SharedMut::new(out);
     let isa = cpu.isa();
     let num_panels = PackedFormat::num_panels(hidden);
     let part_panels = part_panels(cpu, num_panels);
     cpu.for_each(num_panels.div_ceil(part_panels), |part| {
         let panels = part * part_panels..num_panels.min((part + 1) * part_panels);
+        // SAFETY: Parts are disjoint in columns.
+        let of_row =
+            |row: usize, cols: Range<usize>| unsafe { out.slice(row * hidden + cols.start..row * hidden + cols.end) };
+        if begin == Begin::Zero {
+            let cols = columns(panels.start, hidden).start..columns(panels.end - 1, hidden).end;
+            (0..num_rows).for_each(|row| of_row(row, cols.clone()).fill(0.0));
+        }
         with_place(|products| {
             for (expert, pair) in inner.offsets().windows(2).enumerate().filter(|(_, pair)| pair[0] != pair[1]) {
                 let weight = down(expert);
@@ -159,13 +167,10 @@ pub fn packed_experts_down(cpu: &Cpu, residual: &mut [f32], hidden: usize, exper
                 for tile in tiles(pair[0]..pair[1]) {
                     let x = inner.tile(tile.clone());
                     each_panel(isa, panels.clone(), weight, x, products, |panel, products| {
-                        let cols = columns(panel, hidden);
                         for (row, products) in tile.clone().zip(&products.0) {
-                            let start = source_rows[row] as usize * hidden;
-                            // SAFETY: Parts are disjoint in columns.
-                            let residual = unsafe { residual.slice(start + cols.start..start + cols.end) };
-                            for (residual, product) in residual.iter_mut().zip(products) {
-                                *residual += row_weights[row] * product;
+                            let out = of_row(source_rows[row] as usize, columns(panel, hidden));
+                            for (out, product) in out.iter_mut().zip(products) {
+                                *out += row_weights[row] * product;
                             }
                         }
                     });

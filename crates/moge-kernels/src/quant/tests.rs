@@ -6,7 +6,7 @@ use super::{
 };
 use crate::simd::PANEL_ROWS;
 use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu};
-use crate::{Cpu, GroupedRows, Isa, Precision, RmsNormParams, rms_norm};
+use crate::{Begin, Cpu, GroupedRows, Isa, Precision, RmsNormParams, rms_norm};
 
 const FORMATS: [PackedFormat; 2] = [PackedFormat::W8A8, PackedFormat::W4A8];
 
@@ -223,7 +223,9 @@ fn experts_get_their_own_rows_and_are_added_in_their_order() {
                 source_rows: &source_rows,
                 row_weights: &weights,
             };
-            packed_experts_down(&cpu, &mut residual, hidden, experts);
+            packed_experts_down(&cpu, &mut residual, Begin::Residual, hidden, experts);
+            let mut sum = vec![f32::NAN; residual.len()];
+            packed_experts_down(&cpu, &mut sum, Begin::Zero, hidden, experts);
             let mut expected: Vec<f64> = before.iter().map(|&x| f64::from(x)).collect();
             for (row, inner) in inner.chunks(inter).enumerate() {
                 let products = down[expert_of(row)].times(&quantized(inner));
@@ -233,6 +235,9 @@ fn experts_get_their_own_rows_and_are_added_in_their_order() {
                 }
             }
             assert_close(&residual, &expected, 1e-4, 1e-4);
+            let expected: Vec<f64> =
+                expected.iter().zip(&before).map(|(sum, &before)| sum - f64::from(before)).collect();
+            assert_close(&sum, &expected, 1e-4, 1e-4);
         }
     }
 }
@@ -285,6 +290,6 @@ fn no_row_at_all_is_fine() {
         gemm(&cpu, &mut [], &none, &weight, None);
         packed_swiglu(&cpu, &mut [], &none, &|_| [weight.matrix(); 2]);
         let none_down = ExpertsDown { inner: &none, down: &|_| weight.matrix(), source_rows: &[], row_weights: &[] };
-        packed_experts_down(&cpu, &mut [], 40, none_down);
+        packed_experts_down(&cpu, &mut [], Begin::Zero, 40, none_down);
     }
 }

@@ -1,5 +1,7 @@
 //! Which weights of a network are quantised, and how: `quantization_config` of a `config.json` that `moge quantize` wrote.
 
+use std::collections::BTreeMap;
+
 use moge_kernels::{PACKED_LAYOUT_VERSION, PackedFormat};
 use serde_json::{Map, Value, json};
 
@@ -25,15 +27,24 @@ pub enum WeightRole {
     Head,
 }
 
-/// How each kind of weight is quantised; `None`: it stays as it is. The default quantises nothing.
+/// How the weights of a layer are quantised; `None`: they stay as they are. The default quantises nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct QuantScheme {
-    /// Routed experts, or the MLP of a dense network.
+pub struct LayerFormats {
+    /// Routed experts, or the MLP of a layer without.
     pub mlp: Option<PackedFormat>,
     /// The shared expert.
     pub shared_expert: Option<PackedFormat>,
     /// The projections of attention.
     pub attention: Option<PackedFormat>,
+}
+
+/// How the weights of a network are quantised. The default quantises nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct QuantScheme {
+    /// All layers but those that `exceptions` names.
+    pub layers: LayerFormats,
+    /// Layers with formats of their own, by index.
+    pub exceptions: BTreeMap<usize, LayerFormats>,
     /// The output head.
     pub lm_head: Option<PackedFormat>,
 }
@@ -52,11 +63,39 @@ pub fn format_from_name(name: &str) -> Option<Option<PackedFormat>> {
     [Some(PackedFormat::W8A8), Some(PackedFormat::W4A8), None].into_iter().find(|&format| format_name(format) == name)
 }
 
+impl LayerFormats {
+    /// Everything in `format`.
+    pub fn uniform(format: PackedFormat) -> LayerFormats {
+        LayerFormats { mlp: Some(format), shared_expert: Some(format), attention: Some(format) }
+    }
+
+    fn fields(&mut self) -> [(&'static str, &mut Option<PackedFormat>); 3] {
+        [("mlp", &mut self.mlp), ("shared_expert", &mut self.shared_expert), ("attention", &mut self.attention)]
+    }
+
+    /// The fields of the object `value`, whose place in the file is `place`.
+    fn from_json(value: &Value, place: &str) -> Result<LayerFormats, WrongField> {
+        let mut formats = LayerFormats::default();
+        for (field, format) in formats.fields() {
+            *format = read_format(value, place, field)?;
+        }
+        Ok(formats)
+    }
+
+    fn to_json(mut self) -> Map<String, Value> {
+        let name = |(field, format): (&str, &mut Option<_>)| (field.to_owned(), format_name(*format).into());
+        self.fields().map(name).into_iter().collect()
+    }
+}
+
 impl QuantScheme {
     /// Everything in `format`, but the head in W8A8.
     pub fn uniform(format: PackedFormat) -> QuantScheme {
-        let format = Some(format);
-        QuantScheme { mlp: format, shared_expert: format, attention: format, lm_head: Some(PackedFormat::W8A8) }
+        QuantScheme {
+            layers: LayerFormats::uniform(format),
+            exceptions: BTreeMap::new(),
+            lm_head: Some(PackedFormat::W8A8),
+        }
     }
 
     /// True if nothing is quantised.
@@ -64,13 +103,19 @@ impl QuantScheme {
         *self == QuantScheme::default()
     }
 
-    /// How weights of `role` are quantised.
-    pub fn format(&self, role: WeightRole) -> Option<PackedFormat> {
+    /// How the weights of one layer are quantised.
+    pub fn of_layer(&self, layer: usize) -> LayerFormats {
+        *self.exceptions.get(&layer).unwrap_or(&self.layers)
+    }
+
+    /// How the weight of `role` in `layer` is quantised; the embedding and the head belong to none.
+    pub fn format(&self, role: WeightRole, layer: Option<usize>) -> Option<PackedFormat> {
+        let formats = layer.map_or(self.layers, |layer| self.of_layer(layer));
         match role {
             WeightRole::Embedding | WeightRole::Router => None,
-            WeightRole::Attention => self.attention,
-            WeightRole::RoutedExpert | WeightRole::DenseMlp => self.mlp,
-            WeightRole::SharedExpert => self.shared_expert,
+            WeightRole::Attention => formats.attention,
+            WeightRole::RoutedExpert | WeightRole::DenseMlp => formats.mlp,
+            WeightRole::SharedExpert => formats.shared_expert,
             WeightRole::Head => self.lm_head,
         }
     }
@@ -80,15 +125,19 @@ impl QuantScheme {
         let mut fields = Map::new();
         fields.insert("quant_method".to_owned(), QUANT_METHOD.into());
         fields.insert("layout_version".to_owned(), PACKED_LAYOUT_VERSION.into());
-        for (name, format) in self.fields() {
-            fields.insert(name.to_owned(), format_name(format).into());
+        fields.extend(self.layers.to_json());
+        fields.insert("lm_head".to_owned(), format_name(self.lm_head).into());
+        if !self.exceptions.is_empty() {
+            let layer = |(layer, formats): (&usize, &LayerFormats)| (layer.to_string(), formats.to_json().into());
+            fields.insert("layers".to_owned(), Value::Object(self.exceptions.iter().map(layer).collect()));
         }
         Value::Object(fields)
     }
 
-    /// The scheme in the value of `quantization_config`; else which field is wrong, and how.
-    pub(crate) fn from_json(value: &Value) -> Result<QuantScheme, (String, String)> {
-        let bad = |field: &str, problem: String| Err((format!("quantization_config.{field}"), problem));
+    /// The scheme in the value of `quantization_config` of a network of `num_layers`; else which field is wrong, and how.
+    pub(crate) fn from_json(value: &Value, num_layers: usize) -> Result<QuantScheme, WrongField> {
+        const PLACE: &str = "quantization_config";
+        let bad = |field: &str, problem: String| Err((format!("{PLACE}.{field}"), problem));
         let get = |field: &str| value.get(field).unwrap_or(&Value::Null);
         if get("quant_method") != QUANT_METHOD {
             return bad("quant_method", format!("{} is not implemented; only {QUANT_METHOD} is", get("quant_method")));
@@ -100,29 +149,36 @@ impl QuantScheme {
             );
             return bad("layout_version", problem);
         }
-        let mut scheme = QuantScheme::default();
-        for (field, place) in [
-            ("mlp", &mut scheme.mlp),
-            ("shared_expert", &mut scheme.shared_expert),
-            ("attention", &mut scheme.attention),
-            ("lm_head", &mut scheme.lm_head),
-        ] {
-            match get(field).as_str().and_then(format_from_name) {
-                Some(format) => *place = format,
-                None => return bad(field, format!("{} is unknown; there are w8a8, w4a8, none", get(field))),
+        let mut exceptions = BTreeMap::new();
+        match get("layers") {
+            Value::Null => {}
+            Value::Object(layers) => {
+                for (layer, formats) in layers {
+                    match layer.parse().ok().filter(|&layer| layer < num_layers) {
+                        None => return bad("layers", format!("{layer:?} is not a layer below {num_layers}")),
+                        Some(index) => {
+                            let place = format!("{PLACE}.layers.{layer}");
+                            exceptions.insert(index, LayerFormats::from_json(formats, &place)?);
+                        }
+                    }
+                }
             }
+            other => return bad("layers", format!("{other} is not an object")),
         }
-        Ok(scheme)
+        let layers = LayerFormats::from_json(value, PLACE)?;
+        Ok(QuantScheme { layers, exceptions, lm_head: read_format(value, PLACE, "lm_head")? })
     }
+}
 
-    fn fields(&self) -> [(&'static str, Option<PackedFormat>); 4] {
-        [
-            ("mlp", self.mlp),
-            ("shared_expert", self.shared_expert),
-            ("attention", self.attention),
-            ("lm_head", self.lm_head),
-        ]
-    }
+/// A field, and what is wrong with it.
+type WrongField = (String, String);
+
+fn read_format(object: &Value, place: &str, field: &str) -> Result<Option<PackedFormat>, WrongField> {
+    let value = object.get(field).unwrap_or(&Value::Null);
+    value
+        .as_str()
+        .and_then(format_from_name)
+        .ok_or_else(|| (format!("{place}.{field}"), format!("{value} is unknown; there are w8a8, w4a8, none")))
 }
 
 #[cfg(test)]
@@ -131,13 +187,16 @@ mod tests {
 
     #[test]
     fn a_scheme_survives_its_json() {
-        let scheme = QuantScheme {
-            mlp: Some(PackedFormat::W4A8),
-            shared_expert: None,
-            attention: Some(PackedFormat::W8A8),
-            lm_head: Some(PackedFormat::W8A8),
-        };
-        assert_eq!(QuantScheme::from_json(&scheme.to_json()), Ok(scheme));
+        let attention = Some(PackedFormat::W8A8);
+        let layers = LayerFormats { mlp: Some(PackedFormat::W4A8), shared_expert: None, attention };
+        let exceptions = BTreeMap::from([(0, LayerFormats::default()), (11, LayerFormats { mlp: None, ..layers })]);
+        let scheme = QuantScheme { layers, exceptions, lm_head: Some(PackedFormat::W8A8) };
+        assert_eq!(QuantScheme::from_json(&scheme.to_json(), 12), Ok(scheme.clone()));
+        let (field, problem) = QuantScheme::from_json(&scheme.to_json(), 11).unwrap_err();
+        assert_eq!(
+            (field.as_str(), problem.as_str()),
+            ("quantization_config.layers", "\"11\" is not a layer below 11")
+        );
     }
 
     #[test]
@@ -151,7 +210,7 @@ mod tests {
         ] {
             let mut changed = QuantScheme::default().to_json();
             changed[field] = value;
-            let (name, problem) = QuantScheme::from_json(&changed).unwrap_err();
+            let (name, problem) = QuantScheme::from_json(&changed, 3).unwrap_err();
             assert_eq!(name, format!("quantization_config.{field}"));
             assert!(problem.contains(said), "{problem}");
         }

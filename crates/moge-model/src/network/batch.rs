@@ -14,10 +14,11 @@ pub struct Batch {
     pub tokens: Vec<TokenId>,
     /// The sequences that have rows in this step.
     pub sequences: Vec<SequenceRows>,
-    /// Rows whose logits are wanted, strictly ascending. `Workspace::logits` returns them in this order.
+    /// Rows whose logits are wanted, strictly ascending.
     pub logit_rows: Vec<u32>,
-    /// Rows whose experts are wanted, strictly ascending. `Workspace::expert_ids` returns them in this order. They
-    /// change no logits. Of no use for a dense network.
+    /// Rows whose hidden state before the final norm is wanted, strictly ascending.
+    pub hidden_rows: Vec<u32>,
+    /// Rows whose experts are wanted, strictly ascending. They change no logits. Of no use for a dense network.
     pub route_rows: Vec<u32>,
 }
 

@@ -116,6 +116,7 @@ fn check(fields: &Fields<'_>) -> Result<ModelConfig, ConfigError> {
     }
     let head_dim = head_dim(fields, hidden_size, num_q_heads)?;
     let Biases { qkv: qkv_bias, o: o_bias } = (arch.biases)(fields)?;
+    let layers = layers(fields, arch)?;
     Ok(ModelConfig {
         architecture,
         vocab_size: fields.size("vocab_size")?,
@@ -130,10 +131,10 @@ fn check(fields: &Fields<'_>) -> Result<ModelConfig, ConfigError> {
         qk_norm: arch.qk_norm,
         qkv_bias,
         o_bias,
-        layers: layers(fields, arch)?,
         dtype: dtype(fields)?,
-        quant: quant(fields)?,
+        quant: quant(fields, layers.len())?,
         eos_token_ids: eos_token_ids(fields)?,
+        layers,
     })
 }
 
@@ -159,9 +160,9 @@ fn layers(fields: &Fields<'_>, arch: &Arch) -> Result<Vec<LayerConfig>, ConfigEr
     Ok(layers)
 }
 
-fn quant(fields: &Fields<'_>) -> Result<QuantScheme, ConfigError> {
+fn quant(fields: &Fields<'_>, num_layers: usize) -> Result<QuantScheme, ConfigError> {
     let Some(value) = fields.get("quantization_config") else { return Ok(QuantScheme::default()) };
-    QuantScheme::from_json(value).map_err(|(field, problem)| fields.bad(&field, problem))
+    QuantScheme::from_json(value, num_layers).map_err(|(field, problem)| fields.bad(&field, problem))
 }
 
 fn architecture(fields: &Fields<'_>) -> Result<Architecture, ConfigError> {

@@ -3,10 +3,15 @@
 pub(crate) mod batch;
 pub(crate) mod config;
 mod config_json;
+pub(crate) mod cpu;
+mod decoder;
 pub(crate) mod kv_cache;
+pub(crate) mod load;
 pub(crate) mod model;
+pub(crate) mod output;
 pub(crate) mod profile;
 pub(crate) mod router;
+pub(crate) mod tensors;
+pub(crate) mod weight;
 pub(crate) mod weight_bytes;
 pub(crate) mod weights;
-pub(crate) mod workspace;

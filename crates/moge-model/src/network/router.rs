@@ -31,11 +31,18 @@ pub fn route_token(
     router_scale: Option<&[f32]>,
     routes: &mut [Route],
 ) {
-    assert_eq!(logits.len(), config.num_experts);
+    softmax(isa, logits);
+    choose_experts(config, logits, router_scale, routes);
+}
+
+/// As [`route_token`], of probabilities: the softmax of the logits.
+///
+/// # Panics
+/// If a length differs from `config`.
+pub fn choose_experts(config: &MoeConfig, probs: &[f32], router_scale: Option<&[f32]>, routes: &mut [Route]) {
+    assert_eq!(probs.len(), config.num_experts);
     assert!(router_scale.is_none_or(|scale| scale.len() == config.num_experts));
     assert_eq!(routes.len(), config.experts_per_token());
-    softmax(isa, logits);
-    let probs = &*logits;
     let group_size = config.experts_per_group();
     for (group, chosen) in routes.chunks_exact_mut(config.top_k_per_group()).enumerate() {
         let candidates = group * group_size..(group + 1) * group_size;

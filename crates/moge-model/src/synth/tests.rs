@@ -4,7 +4,7 @@ use moge_kernels::Dtype;
 
 use super::*;
 use crate::checkpoint::reader::{Checkpoint, LoadMode};
-use crate::network::weights::tensor_problems;
+use crate::network::load::tensor_problems;
 
 fn preset(architecture: Architecture, name: &str) -> SynthConfig {
     let found = presets().find(|preset| preset.config.architecture == architecture && preset.name == name);

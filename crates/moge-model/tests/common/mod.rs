@@ -5,7 +5,7 @@ use std::path::Path;
 
 use moge_model::{
     BLOCK_SIZE, Batch, BlockId, Cpu, Isa, KvCache, KvType, LoadMode, Model, Precision, SequenceRows, StepLimits,
-    TokenId, Trace, Workspace,
+    StepOutput, TokenId, Trace, Workspace,
 };
 use safetensors::SafeTensors;
 
@@ -83,7 +83,8 @@ pub(crate) fn run_with_kv(model: &Model, tokens: &[TokenId], activation: Precisi
         num_threads: cpu.num_threads(),
     };
     let mut work = Workspace::new(model.config(), activation, limits);
-    work.record_trace();
+    let mut output = StepOutput::default();
+    output.record_trace();
     let batch = Batch {
         tokens: tokens.to_vec(),
         sequences: vec![SequenceRows {
@@ -95,8 +96,8 @@ pub(crate) fn run_with_kv(model: &Model, tokens: &[TokenId], activation: Precisi
         logit_rows: (0..tokens.len() as u32).collect(),
         ..Batch::default()
     };
-    model.forward(&cpu, &batch, &mut kv_cache, &mut work);
-    Run { logits: work.logits().to_vec(), trace: work.trace().unwrap().clone() }
+    model.forward(&cpu, &batch, &mut kv_cache, &mut work, &mut output);
+    Run { logits: output.logits, trace: output.trace.unwrap() }
 }
 
 /// `num_tokens` tokens, each the likeliest; ties go to the lower id.
@@ -111,6 +112,7 @@ pub(crate) fn greedy(model: &Model, prompt: &[TokenId], num_tokens: usize) -> Ve
         num_threads: cpu.num_threads(),
     };
     let mut work = Workspace::new(model.config(), Precision::F32, limits);
+    let mut output = StepOutput::default();
     let (mut tokens, mut computed) = (prompt.to_vec(), 0);
     while tokens.len() < prompt.len() + num_tokens {
         let batch = Batch {
@@ -123,9 +125,9 @@ pub(crate) fn greedy(model: &Model, prompt: &[TokenId], num_tokens: usize) -> Ve
             logit_rows: vec![(tokens.len() - computed - 1) as u32],
             ..Batch::default()
         };
-        model.forward(&cpu, &batch, &mut kv_cache, &mut work);
+        model.forward(&cpu, &batch, &mut kv_cache, &mut work, &mut output);
         computed = tokens.len();
-        let logits = work.logits();
+        let logits = &output.logits;
         let best = (0..logits.len()).reduce(|best, i| if logits[i] > logits[best] { i } else { best });
         tokens.push(TokenId(best.unwrap() as u32));
     }

@@ -9,7 +9,8 @@ use std::path::Path;
 use moge_kernels::{Cpu, Isa, PackedFormat, PackedMatrix};
 use moge_model::synth::{SynthConfig, SynthMlp, presets, write_checkpoint};
 use moge_model::{
-    Architecture, Checkpoint, LoadMode, ModelConfig, QuantScheme, TensorSpec, expected_tensors, tensor_problems,
+    Architecture, Checkpoint, LayerFormats, LoadMode, ModelConfig, QuantScheme, TensorSpec, expected_tensors,
+    tensor_problems,
 };
 use moge_quant::{Damage, Job, QuantizeError};
 
@@ -37,7 +38,9 @@ pub(crate) fn synth(dir: &Path, config: &SynthConfig) {
 
 /// Four bits where it is the default, eight for attention.
 pub(crate) fn mixed_scheme() -> QuantScheme {
-    QuantScheme { attention: Some(PackedFormat::W8A8), ..QuantScheme::uniform(PackedFormat::W4A8) }
+    let uniform = QuantScheme::uniform(PackedFormat::W4A8);
+    let layers = LayerFormats { attention: Some(PackedFormat::W8A8), ..uniform.layers };
+    QuantScheme { layers, ..uniform }
 }
 
 pub(crate) fn quantize(model: &Path, out: &Path, scheme: QuantScheme) -> Result<Damage, QuantizeError> {

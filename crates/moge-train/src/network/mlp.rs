@@ -1,6 +1,8 @@
 //! The MLP half of a layer: one dense MLP, or grouped experts and a shared one; forward and backward.
 
-use moge_kernels::{ExpertWeights, ProductRows, RowWeights, Store, add, combine, swiglu_backward, swiglu_rows};
+use moge_kernels::{
+    Begin, ExpertOutputs, ExpertWeights, ProductRows, RowWeights, Store, add, combine, swiglu_backward, swiglu_rows,
+};
 use moge_model::{Dispatch, MoeConfig, Swiglu};
 
 use super::spans::{Gradients, Linear, MatrixSpan};
@@ -56,7 +58,8 @@ impl Pass<'_> {
         swiglu_rows(self.cpu, inner, &routed.gate_up, out_of.cols);
         let rows = ProductRows::new(inner, out_of.cols);
         tools.products.forward(self.cpu, expert_rows, rows, (self.params, out_of), None);
-        combine(self.cpu, output, expert_rows, &dispatch.slots, &dispatch.weights, &shared);
+        let outputs = ExpertOutputs { rows: expert_rows, slots: &dispatch.slots, weights: &dispatch.weights };
+        combine(self.cpu, output, Begin::Residual, outputs, Some(&shared));
         tools.scratch.hidden[0] = shared;
     }
 
@@ -100,7 +103,8 @@ impl Pass<'_> {
             self.route_backward(experts, (&mut d_router, mlp_normed), routed, tools, grads);
             let dispatch = &routed.dispatch;
             let Scratch { expert_rows, ones, .. } = &mut *tools.scratch;
-            combine(self.cpu, &mut d_normed, expert_rows, &dispatch.slots, ones, &d_router);
+            let outputs = ExpertOutputs { rows: expert_rows, slots: &dispatch.slots, weights: ones };
+            combine(self.cpu, &mut d_normed, Begin::Residual, outputs, Some(&d_router));
         }
         let partials = &mut tools.scratch.partials;
         self.norm_backward((d_stream, Store::Add), (&d_normed, middle), &layer.spans.mlp_norm, partials, grads);

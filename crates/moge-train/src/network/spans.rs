@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use moge_kernels::{Cpu, ExpertWeights, ProductRows, Products, Store};
-use moge_model::{ModelConfig, Network, TensorSource, WeightRole};
+use moge_model::{MatrixSpec, ModelConfig, Network, Part, Share, TensorSource};
 
 /// The network whose tensors are places in a flat vector, as [`crate::Layout`] orders them.
 pub(super) type Spans = Network<MatrixSpan, Range<usize>>;
@@ -18,7 +18,7 @@ pub(super) struct MatrixSpan {
 
 /// The places of the tensors of the network that `config` describes.
 pub(super) fn spans(config: &ModelConfig) -> Spans {
-    Network::build(config, &mut Places { len: 0 })
+    Network::build(config, Share::WHOLE, &mut Places { len: 0 })
 }
 
 struct Places {
@@ -36,15 +36,16 @@ impl TensorSource for Places {
     type Matrix = MatrixSpan;
     type Vector = Range<usize>;
 
-    fn matrix(&mut self, _: String, _: WeightRole, rows: usize, cols: usize) -> MatrixSpan {
+    fn matrix(&mut self, _: String, spec: &MatrixSpec) -> MatrixSpan {
+        let MatrixSpec { rows, cols, .. } = *spec;
         MatrixSpan { start: self.take(rows * cols), rows, cols }
     }
 
-    fn halves(&mut self, name: String, role: WeightRole, rows: usize, cols: usize) -> [MatrixSpan; 2] {
-        [self.matrix(name.clone(), role, rows, cols), self.matrix(name, role, rows, cols)]
+    fn halves(&mut self, name: String, spec: &MatrixSpec) -> [MatrixSpan; 2] {
+        [self.matrix(name.clone(), spec), self.matrix(name, spec)]
     }
 
-    fn vector(&mut self, _: String, shape: &[usize]) -> Range<usize> {
+    fn vector(&mut self, _: String, shape: &[usize], _: &Part) -> Range<usize> {
         let len = shape.iter().product();
         let start = self.take(len);
         start..start + len

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use moge_kernels::{Cpu, IGNORED_TARGET, Isa, Precision, Store};
 use moge_model::{
     BLOCK_SIZE, Batch as EngineBatch, BlockId, ExpertId, KvCache, LayerConfig, LoadMode, MlpConfig, Model, ModelConfig,
-    NormPlacement, Router, SequenceRows, StepLimits, TokenId, Workspace as EngineWorkspace,
+    NormPlacement, Router, SequenceRows, StepLimits, StepOutput, TokenId, Workspace as EngineWorkspace,
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -226,6 +226,7 @@ fn engine_logits(cpu: &Cpu, dir: &Path, tokens: &[u32], activation: Precision) -
         num_threads: cpu.num_threads(),
     };
     let mut work = EngineWorkspace::new(model.config(), activation, limits);
+    let mut output = StepOutput::default();
     let batch = EngineBatch {
         tokens: tokens.iter().map(|&token| TokenId(token)).collect(),
         sequences: vec![SequenceRows {
@@ -234,10 +235,10 @@ fn engine_logits(cpu: &Cpu, dir: &Path, tokens: &[u32], activation: Precision) -
             block_table: (0..num_blocks as u32).map(BlockId).collect(),
         }],
         logit_rows: (0..tokens.len() as u32).collect(),
-        route_rows: Vec::new(),
+        ..EngineBatch::default()
     };
-    model.forward(cpu, &batch, &mut kv_cache, &mut work);
-    work.logits().to_vec()
+    model.forward(cpu, &batch, &mut kv_cache, &mut work, &mut output);
+    output.logits
 }
 
 #[test]

@@ -16,7 +16,7 @@ use anyhow::Result;
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, Subcommand, ValueEnum};
 use moge_kernels::MemoryRead;
-use moge_model::{Cpu, KvType, Model, ModelConfig, QuantScheme, Workspace, format_name};
+use moge_model::{Cpu, KvType, LayerFormats, Model, ModelConfig, QuantScheme, StepOutput, Workspace, format_name};
 
 use self::case::{Case, Numbers, RandomTokens};
 use self::measure::{Bench, Effort};
@@ -153,16 +153,17 @@ fn label(name: impl Debug) -> String {
 
 /// How the weights are stored: a type, or a format for each part of the network.
 fn weights_label(config: &ModelConfig) -> String {
-    let QuantScheme { mlp, shared_expert, attention, lm_head } = config.quant;
-    match mlp {
+    let QuantScheme { layers: LayerFormats { mlp, shared_expert, attention }, exceptions, lm_head } = &config.quant;
+    match *mlp {
         _ if config.quant.is_none() => label(config.dtype),
-        Some(format) if config.quant == QuantScheme::uniform(format) => format_name(mlp).to_owned(),
+        Some(format) if config.quant == QuantScheme::uniform(format) => format_name(*mlp).to_owned(),
         _ => format!(
-            "mlp {}, shared expert {}, attention {}, lm_head {}",
-            format_name(mlp),
-            format_name(shared_expert),
-            format_name(attention),
-            format_name(lm_head)
+            "mlp {}, shared expert {}, attention {}, lm_head {}{}",
+            format_name(*mlp),
+            format_name(*shared_expert),
+            format_name(*attention),
+            format_name(*lm_head),
+            if exceptions.is_empty() { "" } else { ", some layers otherwise" }
         ),
     }
 }
@@ -175,7 +176,7 @@ fn time_start(model: &Model, cpu: &Cpu, numbers: Numbers, opened: Instant) -> St
     let mut kv_cache = case.kv_cache(cpu, config, numbers);
     let mut work = case.workspace(cpu, config, numbers);
     let step = case.step(0, &mut RandomTokens::new(config.vocab_size));
-    model.forward(cpu, &step, &mut kv_cache, &mut work);
+    model.forward(cpu, &step, &mut kv_cache, &mut work, &mut StepOutput::default());
     StartReport::new(case.tokens(), loaded - opened, loaded.elapsed())
 }
 

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use indicatif::DecimalBytes;
-use moge_model::{Cpu, Isa, MAX_THREADS, PackedFormat, QuantScheme, WriteError, available_threads};
+use moge_model::{Cpu, Isa, LayerFormats, MAX_THREADS, PackedFormat, QuantScheme, WriteError, available_threads};
 use moge_quant::{Damage, Job, QuantizeError};
 
 use crate::cmd::synth::check_free_space;
@@ -42,6 +42,9 @@ pub(crate) struct QuantizeArgs {
     /// Format of the output head
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "w8a8")]
     lm_head: RoleFormat,
+    /// Another format for all weights of one layer, counted from 0; may be given for several
+    #[arg(long, value_name = "LAYER=FORMAT", value_parser = LayerFormat::parse)]
+    layer: Vec<LayerFormat>,
     /// Worker threads, at most 4096 [default: the processors this process may use]
     #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_THREADS as u64))]
     threads: Option<usize>,
@@ -59,6 +62,22 @@ enum RoleFormat {
     None,
 }
 
+/// A layer with a format of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct LayerFormat {
+    layer: usize,
+    format: RoleFormat,
+}
+
+impl LayerFormat {
+    fn parse(text: &str) -> Result<LayerFormat, String> {
+        let allowed = || "not LAYER=FORMAT, as in 0=w8a8; formats are w8a8, w4a8, none".to_owned();
+        let (layer, format) = text.split_once('=').ok_or_else(allowed)?;
+        let layer = layer.parse().map_err(|_| allowed())?;
+        Ok(LayerFormat { layer, format: RoleFormat::from_str(format, false).map_err(|_| allowed())? })
+    }
+}
+
 impl RoleFormat {
     fn format(self) -> Option<PackedFormat> {
         match self {
@@ -74,6 +93,10 @@ pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
     let job = Job::open(&args.model, &args.out, args.scheme())?;
     if args.shared_expert.is_some() && job.config().moe().and_then(|moe| moe.shared_intermediate_size).is_none() {
         bail!("--shared-expert: this network has none");
+    }
+    let num_layers = job.config().num_layers();
+    if let Some(LayerFormat { layer, .. }) = args.layer.iter().find(|exception| exception.layer >= num_layers) {
+        bail!("--layer {layer}: this network has layers 0 to {}", num_layers - 1);
     }
     let (output_bytes, missing_bytes) = (job.output_bytes(), job.missing_bytes());
     check_free_space(&args.out, missing_bytes)?;
@@ -129,12 +152,14 @@ fn check_writable(file: &Path) -> io::Result<()> {
 impl QuantizeArgs {
     fn scheme(&self) -> QuantScheme {
         let uniform = QuantScheme::uniform(self.scheme.format());
-        QuantScheme {
-            mlp: uniform.mlp,
-            shared_expert: self.shared_expert.map_or(uniform.shared_expert, RoleFormat::format),
-            attention: self.attention.map_or(uniform.attention, RoleFormat::format),
-            lm_head: self.lm_head.format(),
-        }
+        let layers = LayerFormats {
+            mlp: uniform.layers.mlp,
+            shared_expert: self.shared_expert.map_or(uniform.layers.shared_expert, RoleFormat::format),
+            attention: self.attention.map_or(uniform.layers.attention, RoleFormat::format),
+        };
+        let formats = |format: RoleFormat| format.format().map_or_else(LayerFormats::default, LayerFormats::uniform);
+        let exceptions = self.layer.iter().map(|exception| (exception.layer, formats(exception.format))).collect();
+        QuantScheme { layers, exceptions, lm_head: self.lm_head.format() }
     }
 }
 

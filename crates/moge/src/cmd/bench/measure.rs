@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use moge_model::{BLOCK_SIZE, Batch, Cpu, KvCache, Model, WeightBytes, Workspace};
+use moge_model::{BLOCK_SIZE, Batch, Cpu, KvCache, Model, StepOutput, WeightBytes, Workspace};
 
 use super::case::{Case, Numbers, RandomTokens};
 use super::ceilings::{Ceiling, Ceilings};
@@ -31,6 +31,7 @@ struct Memory {
     tokens: RandomTokens,
     kv_cache: KvCache,
     work: Workspace,
+    output: StepOutput,
 }
 
 impl<'a> Bench<'a> {
@@ -48,6 +49,7 @@ impl<'a> Bench<'a> {
             tokens: RandomTokens::new(config.vocab_size),
             kv_cache: case.kv_cache(self.cpu, config, self.numbers),
             work: case.workspace(self.cpu, config, self.numbers),
+            output: StepOutput::default(),
         };
         // The first step is slower than others: it touches memory that nobody has touched.
         self.step(&case.step(0, &mut memory.tokens), &mut memory);
@@ -71,7 +73,7 @@ impl<'a> Bench<'a> {
     /// What bounds a case: products with weights that many rows share, or reading the weights for few.
     fn ceiling(&self, case: Case) -> Ceiling {
         match case {
-            Case::Prefill { .. } if self.model.config().quant.mlp.is_some() => Ceiling::Int8,
+            Case::Prefill { .. } if self.model.config().quant.layers.mlp.is_some() => Ceiling::Int8,
             // Whatever floats are stored, they are multiplied in f32.
             Case::Prefill { .. } => Ceiling::Bf16,
             Case::Decode { .. } => Ceiling::Memory,
@@ -86,7 +88,7 @@ impl<'a> Bench<'a> {
         for index in 0..case.num_steps() {
             let batch = case.step(index, &mut memory.tokens);
             repetition.seconds += self.step(&batch, memory);
-            let experts_hit = memory.work.experts_hit();
+            let experts_hit = memory.output.experts_hit(self.model.config());
             let work = match self.ceiling(case) {
                 Ceiling::Memory => step_bytes(&self.weights, kv_token_bytes, &batch, &experts_hit),
                 Ceiling::Int8 | Ceiling::Bf16 => step_ops(config, &batch),
@@ -101,7 +103,7 @@ impl<'a> Bench<'a> {
     /// Compute a step; returns the seconds it took.
     fn step(&self, batch: &Batch, memory: &mut Memory) -> f64 {
         let start = Instant::now();
-        self.model.forward(self.cpu, batch, &mut memory.kv_cache, &mut memory.work);
+        self.model.forward(self.cpu, batch, &mut memory.kv_cache, &mut memory.work, &mut memory.output);
         start.elapsed().as_secs_f64()
     }
 }

@@ -1,9 +1,14 @@
-//! Scratch memory of a step, and what a step leaves for its caller.
+//! Scratch memory of a step.
 
 use moge_kernels::{AttentionLimits, AttentionScratch, Precision, QuantizedRows, rope_angles};
 
+use crate::BLOCK_SIZE;
+use crate::checkpoint::quant_scheme::WeightRole;
+use crate::ids::ExpertId;
+use crate::network::batch::Batch;
+use crate::network::config::{LayerConfig, ModelConfig};
+use crate::network::profile::Profile;
 use crate::network::router::{Dispatch, Route};
-use crate::{BLOCK_SIZE, Batch, ExpertId, LayerConfig, ModelConfig, Profile};
 
 /// Scratch memory of a step. Allocated once: a step only changes lengths, within the capacity reserved here.
 #[derive(Debug)]
@@ -11,7 +16,7 @@ pub struct Workspace {
     pub(crate) activation: Precision,
     pub(crate) num_rows: usize,
     limits: StepLimits,
-    pub(crate) widths: Widths,
+    widths: Widths,
     pub(crate) tokens: Vec<u32>,
     positions: Vec<u32>,
     /// Cosines and sines of the rows' RoPE angles, `[num_rows, rotary_dim / 2]`.
@@ -40,40 +45,28 @@ pub struct Workspace {
     pub(crate) dispatched: QuantizedRows,
     /// Output of routed experts that are not packed, `[num_rows * experts_per_token, hidden_size]`.
     pub(crate) expert_out: Vec<f32>,
-    pub(crate) logits: Vec<f32>,
-    /// Rows dispatched to each expert, `[routed layer, num_experts]`.
-    pub(crate) rows_per_expert: Vec<usize>,
+    /// The rows of the batch that the buffers hold, ascending: all until after the last attention.
+    pub(crate) rows: Vec<u32>,
     /// Rows of the batch whose experts are still to be recorded in the layers to come.
-    route_rows: Vec<u32>,
-    /// Experts of the rows that asked, `[routed layer, num_route_rows, experts_per_token]`.
-    expert_ids: Vec<ExpertId>,
+    pub(crate) route_rows: Vec<u32>,
     pub(crate) profile: Profile,
-    trace: Option<Trace>,
-}
-
-/// What a step did inside, recorded if [`Workspace::record_trace`] asked for it.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Trace {
-    /// Residual stream before each layer and after the last: `num_layers + 1` times `[num_rows, hidden_size]`.
-    pub hidden: Vec<Vec<f32>>,
-    /// Choices of each routed layer: `[num_rows, experts_per_token]`.
-    pub routes: Vec<Vec<Route>>,
 }
 
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Widths {
-    pub(crate) hidden: usize,
+struct Widths {
+    hidden: usize,
     q: usize,
     kv: usize,
     experts: usize,
     experts_per_token: usize,
+    /// Output of a row's routed experts before they are combined; packed ones are combined at once.
+    expert_out: usize,
     /// Inner activations of the widest MLP.
     inner: usize,
     /// Inputs of the widest packed weight other than routed experts; 0 if none is packed.
     quantized: usize,
     /// Inputs of the widest product of packed routed experts; 0 if they are not packed.
     dispatched: usize,
-    vocab: usize,
 }
 
 /// The largest step that a workspace serves.
@@ -109,12 +102,15 @@ impl Widths {
         let routed_inner = moe.map_or(0, |moe| moe.experts_per_token() * moe.expert_intermediate_size);
         let dense_inner = config.layers.iter().map(LayerConfig::dense_width).max().unwrap_or(0);
         let inner = routed_inner.max(dense_inner);
-        let quant = &config.quant;
-        let quantized = if quant.is_none() { 0 } else { config.hidden_size.max(config.q_size()).max(dense_inner) };
+        let quantized =
+            if config.quant.is_none() { 0 } else { config.hidden_size.max(config.q_size()).max(dense_inner) };
+        let routed_layers = || (0..config.num_layers()).filter(|&layer| config.layers[layer].is_routed());
+        let is_packed = |layer: usize| config.quant.format(WeightRole::RoutedExpert, Some(layer)).is_some();
         let dispatched = match moe {
-            Some(moe) if quant.mlp.is_some() => config.hidden_size.max(moe.expert_intermediate_size),
+            Some(moe) if routed_layers().any(is_packed) => config.hidden_size.max(moe.expert_intermediate_size),
             _ => 0,
         };
+        let has_plain_experts = routed_layers().any(|layer| !is_packed(layer));
         Widths {
             quantized,
             dispatched,
@@ -123,19 +119,14 @@ impl Widths {
             kv: config.kv_size(),
             experts,
             experts_per_token,
+            expert_out: if has_plain_experts { experts_per_token * config.hidden_size } else { 0 },
             inner,
-            vocab: config.vocab_size,
         }
-    }
-
-    /// Numbers of a row's output of routed experts before they are combined; packed ones are combined at once.
-    fn expert_out(self) -> usize {
-        if self.dispatched > 0 { 0 } else { self.experts_per_token * self.hidden }
     }
 
     /// Numbers of a row in all buffers together.
     fn row(self) -> usize {
-        3 * self.hidden + 2 * (self.q + self.kv) + self.experts + self.inner + self.expert_out()
+        3 * self.hidden + 2 * (self.q + self.kv) + self.experts + self.inner + self.expert_out
     }
 }
 
@@ -171,56 +162,20 @@ impl Workspace {
                 widths.dispatched,
                 widths.experts,
             ),
-            expert_out: rows(widths.expert_out()),
-            logits: Vec::with_capacity(limits.max_logit_rows * widths.vocab),
-            rows_per_expert: Vec::with_capacity(config.num_routed_layers() * widths.experts),
+            expert_out: rows(widths.expert_out),
+            rows: Vec::with_capacity(limits.max_rows),
             route_rows: Vec::with_capacity(limits.max_rows),
-            expert_ids: Vec::with_capacity(limits.max_rows * config.num_routed_layers() * widths.experts_per_token),
             profile: Profile::default(),
-            trace: None,
         }
     }
 
-    /// Bytes that [`Workspace::new`] would reserve, small lists left out.
+    /// Bytes that [`Workspace::new`] would reserve, and those of the logits of a step; small lists are left out.
     pub fn bytes(config: &ModelConfig, limits: StepLimits) -> u64 {
         let widths = Widths::new(config);
         let numbers = limits.max_rows * widths.row() + limits.max_logit_rows * config.vocab_size;
         let quantized = QuantizedRows::capacity_bytes(limits.max_rows, widths.quantized)
             + QuantizedRows::capacity_bytes(limits.max_rows * widths.experts_per_token, widths.dispatched);
         4 * numbers as u64 + (quantized + limits.attention(config).scratch_bytes()) as u64
-    }
-
-    /// Logits of the last step, `[num_logit_rows, vocab_size]`, in the order of [`Batch::logit_rows`].
-    pub fn logits(&self) -> &[f32] {
-        &self.logits
-    }
-
-    /// Record hidden states and expert choices from the next step on. Costs memory and time: for tests and analysis.
-    pub fn record_trace(&mut self) {
-        self.trace = Some(Trace::default());
-    }
-
-    /// What the last step recorded.
-    pub fn trace(&self) -> Option<&Trace> {
-        self.trace.as_ref()
-    }
-
-    /// How many rows each routed expert computed in the last step, `[routed layer, num_experts]`. Empty for a dense
-    /// network. In the last layer only the rows whose logits are wanted are computed, unless a trace is recorded.
-    pub fn rows_per_expert(&self) -> &[usize] {
-        &self.rows_per_expert
-    }
-
-    /// How many routed experts had rows, in each routed layer of the last step: those whose weights were read.
-    pub fn experts_hit(&self) -> Vec<usize> {
-        let layers = self.rows_per_expert.chunks_exact(self.widths.experts.max(1));
-        layers.map(|rows| rows.iter().filter(|&&num_rows| num_rows > 0).count()).collect()
-    }
-
-    /// Experts of the rows in [`Batch::route_rows`], in the last step, by falling probability inside each expert group:
-    /// `[routed layer, num_route_rows, num_expert_groups, top_k_per_group]`.
-    pub fn expert_ids(&self) -> &[ExpertId] {
-        &self.expert_ids
     }
 
     /// Record where the time goes from the next step on, beginning at zero.
@@ -235,8 +190,6 @@ impl Workspace {
 
     pub(crate) fn begin(&mut self, batch: &Batch, inverse_frequencies: &[f32]) {
         self.profile.begin_step();
-        self.rows_per_expert.clear();
-        self.expert_ids.clear();
         self.route_rows.clear();
         self.route_rows.extend(&batch.route_rows);
         let (num_rows, widths) = (batch.num_rows(), self.widths);
@@ -244,6 +197,8 @@ impl Workspace {
         assert!(num_rows <= limits.max_rows, "{num_rows} rows in a workspace of {}", limits.max_rows);
         assert!(batch.logit_rows.len() <= limits.max_logit_rows, "more logits wanted than the workspace holds");
         assert_eq!(batch.sequences.iter().map(|s| s.num_rows).sum::<usize>(), num_rows, "rows of the sequences");
+        self.rows.clear();
+        self.rows.extend(0..num_rows as u32);
         self.tokens.clear();
         self.tokens.extend(batch.tokens.iter().map(|token| token.0));
         self.positions.clear();
@@ -263,10 +218,6 @@ impl Workspace {
             buffer.resize(num_rows * widths.kv, 0.0);
         }
         self.set_rows(num_rows);
-        self.logits.resize(batch.logit_rows.len() * widths.vocab, 0.0);
-        if let Some(trace) = &mut self.trace {
-            *trace = Trace::default();
-        }
     }
 
     /// Give every buffer but those of attention the length of `num_rows` rows.
@@ -279,40 +230,21 @@ impl Workspace {
         self.inner.resize(num_rows * widths.inner, 0.0);
         self.router_logits.resize(num_rows * widths.experts, 0.0);
         self.routes.resize(num_rows * widths.experts_per_token, Route { expert: ExpertId(0), weight: 0.0 });
-        self.expert_out.resize(num_rows * widths.expert_out(), 0.0);
+        self.expert_out.resize(num_rows * widths.expert_out, 0.0);
     }
 
-    /// Go on with some rows only, `rows`, strictly ascending: they move to the front. No more experts are recorded.
-    pub(crate) fn keep_rows(&mut self, rows: &[u32]) {
-        self.route_rows.clear();
+    /// Go on with the rows that `is_wanted` names only: they move to the front.
+    pub(crate) fn keep_rows(&mut self, is_wanted: impl Fn(u32) -> bool) {
         let width = self.widths.hidden;
-        for (place, &row) in rows.iter().enumerate() {
-            let start = row as usize * width;
-            self.hidden.copy_within(start..start + width, place * width);
+        let mut num_kept = 0;
+        for place in 0..self.rows.len() {
+            if is_wanted(self.rows[place]) {
+                self.rows[num_kept] = self.rows[place];
+                self.hidden.copy_within(place * width..(place + 1) * width, num_kept * width);
+                num_kept += 1;
+            }
         }
-        self.set_rows(rows.len());
-    }
-
-    /// True if [`Workspace::record_trace`] was called.
-    pub(crate) fn is_traced(&self) -> bool {
-        self.trace.is_some()
-    }
-
-    pub(crate) fn trace_hidden(&mut self) {
-        if let Some(trace) = &mut self.trace {
-            trace.hidden.push(self.hidden.clone());
-        }
-    }
-
-    /// Keep what is wanted of `routes`.
-    pub(crate) fn record_routes(&mut self) {
-        let width = self.widths.experts_per_token;
-        for &row in &self.route_rows {
-            let routes = &self.routes[row as usize * width..][..width];
-            self.expert_ids.extend(routes.iter().map(|route| route.expert));
-        }
-        if let Some(trace) = &mut self.trace {
-            trace.routes.push(self.routes.clone());
-        }
+        self.rows.truncate(num_kept);
+        self.set_rows(num_kept);
     }
 }
