@@ -1,4 +1,4 @@
-//! Bad checkpoint files: each gets a clear error, none a panic or a huge allocation.
+//! Damaged checkpoint files: each gives a clear error, and none a panic or a huge allocation.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod common;

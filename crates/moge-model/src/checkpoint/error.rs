@@ -3,7 +3,7 @@
 use moge_kernels::QUANT_BLOCK_LEN;
 use thiserror::Error;
 
-/// Why a checkpoint is refused.
+/// Reasons to refuse a checkpoint.
 #[derive(Debug, Error)]
 pub enum CheckpointError {
     /// A file cannot be read.
@@ -11,7 +11,7 @@ pub enum CheckpointError {
     Read {
         /// The file's path.
         file: String,
-        /// What the system said.
+        /// The I/O error.
         source: std::io::Error,
     },
     /// Neither `model.safetensors.index.json` nor `model.safetensors` is there.
@@ -19,30 +19,30 @@ pub enum CheckpointError {
     NoWeights {
         /// The checkpoint's directory.
         dir: String,
-        /// What can be done about it, or nothing.
+        /// Advice for the user, or empty.
         advice: &'static str,
     },
-    /// A safetensors header is wrong: its length, its JSON, its offsets.
+    /// A safetensors header is not valid: its length, its JSON, or its offsets.
     #[error("{file}: not a valid safetensors file ({file_bytes} bytes): {problem}")]
     Header {
         /// The file's path.
         file: String,
         /// The file's size.
         file_bytes: u64,
-        /// What is wrong.
+        /// The problem.
         problem: String,
     },
-    /// The index is not what it must be.
+    /// The index is not valid.
     #[error("{file}: {field}: {problem}")]
     Index {
         /// The index file's path.
         file: String,
         /// The entry.
         field: String,
-        /// What was found and what is allowed.
+        /// The value found and the values allowed.
         problem: String,
     },
-    /// Tensors are missing, unexpected, or have another shape or type than the config says.
+    /// Tensors are missing, unexpected, or have another shape or type than the config requires.
     #[error("{dir}: {} of the tensors do not fit config.json: {}", .problems.len(), first_problems(.problems))]
     Tensors {
         /// The checkpoint's directory.
@@ -52,15 +52,15 @@ pub enum CheckpointError {
     },
 }
 
-/// What is wrong with one tensor.
+/// A tensor that does not fit the config.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum TensorProblem {
-    /// The config asks for it and no file has it.
+    /// The config requires it and no file has it.
     #[error("{name}: missing, should be {shape:?}")]
     Missing {
         /// The tensor's name.
         name: String,
-        /// The shape that the config gives it.
+        /// The shape that the config requires.
         shape: Vec<usize>,
     },
     /// A file has it and the config has no place for it.
@@ -78,7 +78,7 @@ pub enum TensorProblem {
         name: String,
         /// Its shape.
         found: Vec<usize>,
-        /// The shape that the config gives it.
+        /// The shape that the config requires.
         expected: Vec<usize>,
     },
     /// It has a type that the engine cannot run.

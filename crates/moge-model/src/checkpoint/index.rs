@@ -14,7 +14,7 @@ pub(crate) const SINGLE_SHARD_NAME: &str = "model.safetensors";
 /// Name of the index.
 pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";
 
-/// File name to the tensors that the index says it holds; `None` where there is no index.
+/// File names and the tensors that the index lists for each; `None` without an index.
 pub(crate) type Files = BTreeMap<String, Option<BTreeSet<String>>>;
 
 pub(crate) fn list_files(dir: &Path) -> Result<Files, CheckpointError> {
@@ -31,7 +31,7 @@ pub(crate) fn list_files(dir: &Path) -> Result<Files, CheckpointError> {
     Ok(BTreeMap::from([(SINGLE_SHARD_NAME.to_owned(), None)]))
 }
 
-/// Bytes of `files`; one that cannot be asked counts nothing, opening it will tell.
+/// Bytes of `files`; a file whose size cannot be read counts as 0, and opening it reports the error.
 pub(crate) fn bytes_of(dir: &Path, files: &Files) -> u64 {
     files.keys().map(|file| dir.join(file).metadata().map_or(0, |m| m.len())).sum()
 }

@@ -10,16 +10,16 @@ use crate::checkpoint::error::CheckpointError;
 use crate::checkpoint::index::{Files, INDEX_NAME, bytes_of, list_files, read_index};
 use crate::checkpoint::storage::{READ_CHUNK_BYTES, Storage, StoredTensor, each_part, map_file, read_file};
 
-/// Longest header that is parsed, as in the library that writes them.
+/// Maximum length of a header, as in the safetensors library.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
-/// How the data of a checkpoint comes into memory.
+/// The way in which the data of a checkpoint is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum LoadMode {
-    /// Map the files; pages come in when they are touched.
+    /// Map the files; pages are read when they are first accessed.
     #[default]
     Mmap,
-    /// Read the files whole, several parts at once: faster on network disks.
+    /// Read the files into memory, several parts in parallel: faster on network disks.
     Read,
 }
 
@@ -87,7 +87,7 @@ impl Checkpoint {
     /// Bytes of the files that [`Checkpoint::open`] would open, without opening them.
     ///
     /// # Errors
-    /// If there are no such files, or the index is wrong.
+    /// If there are no such files, or the index is not valid.
     pub fn file_bytes(dir: &Path) -> Result<u64, CheckpointError> {
         Ok(bytes_of(dir, &list_files(dir)?))
     }
@@ -167,8 +167,8 @@ impl Checkpoint {
     }
 }
 
-/// Where the data of a safetensors file begins, and what its header says: tensors that follow one another without a
-/// gap and fill the rest of the file.
+/// Offset of the data in a safetensors file, and its header: tensors that follow one another without a gap and fill the
+/// rest of the file.
 fn read_header(bytes: &[u8]) -> Result<(usize, Metadata), String> {
     let (length, rest) = bytes.split_first_chunk().ok_or("it is shorter than the length of a header")?;
     let length = u64::from_le_bytes(*length);

@@ -37,7 +37,7 @@ impl Storage {
         (storage, start..start + len)
     }
 
-    /// The bytes of memory that is not a mapped file; none of one that is.
+    /// The bytes, to write; empty for a mapped file.
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         match self {
             Storage::Mapped(_) => &mut [],
@@ -56,7 +56,7 @@ impl Storage {
     }
 }
 
-/// A tensor as it lies in a file.
+/// A tensor as it is stored in a file.
 #[derive(Clone, Debug)]
 pub struct StoredTensor {
     pub(crate) storage: Arc<Storage>,
@@ -81,7 +81,7 @@ impl StoredTensor {
         &self.storage.bytes()[self.range.clone()]
     }
 
-    /// The part of it at `range` of its slowest dimension.
+    /// The rows `range` of its first dimension.
     ///
     /// # Panics
     /// If it has no dimension, or `range` is out of bounds.
@@ -96,15 +96,15 @@ impl StoredTensor {
         StoredTensor { storage: self.storage.clone(), range, dtype: self.dtype, shape }
     }
 
-    /// Begin to read it from the disk, if it lies in a mapped file. A hint: nothing fails.
+    /// Start to read it from the disk, if it is in a mapped file. A hint that cannot fail.
     pub fn prefetch(&self) {
         if let Storage::Mapped(map) = &*self.storage {
             let _ = map.advise_range(memmap2::Advice::WillNeed, self.range.start, self.range.len());
         }
     }
 
-    /// Let go of the memory that its pages take, if it lies in a mapped file; touched again, they are read again. A hint:
-    /// nothing fails.
+    /// Release the memory of its pages, if it is in a mapped file; they are read again when accessed. A hint that cannot
+    /// fail.
     #[allow(unsafe_code)]
     pub fn release(&self) {
         if let Storage::Mapped(map) = &*self.storage {
@@ -120,7 +120,7 @@ impl StoredTensor {
 pub(crate) fn map_file(path: &Path) -> Result<Storage, CheckpointError> {
     let read_error = |source| CheckpointError::Read { file: path.display().to_string(), source };
     let file = files::open_file(path).map_err(read_error)?;
-    // SAFETY: the map is read only. Nobody must change the file while we run; that is the contract of a checkpoint
+    // SAFETY: The map is read only. The file must not change while it is mapped; that is the contract of a checkpoint
     // directory, documented in the README, and the reason why `LoadMode::Read` exists.
     let map = unsafe { memmap2::Mmap::map(&file) }.map_err(read_error)?;
     Ok(Storage::Mapped(map))
@@ -159,7 +159,7 @@ pub(crate) fn each_part<P: Send, E: Send>(
         Ok(())
     };
     std::thread::scope(|scope| {
-        // Where the system refuses a thread, the others do its share.
+        // If a thread cannot be started, the others do its work.
         let spawn = |_| std::thread::Builder::new().spawn_scoped(scope, run).ok();
         let threads: Vec<_> = (1..num_threads).map_while(spawn).collect();
         let mut result = run();

@@ -6,27 +6,27 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-/// Why a checkpoint could not be written.
+/// Reasons why a checkpoint could not be written.
 #[derive(Debug, Error)]
 pub enum WriteError {
-    /// A file that would be written is there already; nothing is ever overwritten.
+    /// A file that would be written exists already; files are never overwritten.
     #[error("{}: exists already; remove it or choose another directory", path.display())]
     TargetExists {
         /// The file.
         path: PathBuf,
     },
-    /// There is no space left for the data, or the system allows no longer file.
+    /// There is no space left for the data, or the file would exceed a limit of the system.
     #[error("{}: the disk is full", path.display())]
     DiskFull {
         /// The file being written.
         path: PathBuf,
     },
-    /// The directory or a file in it may not be written.
+    /// No permission to write the directory or a file in it.
     #[error("{}: not writable: {source}", path.display())]
     NotWritable {
         /// The directory or file.
         path: PathBuf,
-        /// What the system said.
+        /// The I/O error.
         source: io::Error,
     },
     /// Another failure of the file system.
@@ -34,15 +34,15 @@ pub enum WriteError {
     Io {
         /// The directory or file.
         path: PathBuf,
-        /// What the system said.
+        /// The I/O error.
         source: io::Error,
     },
-    /// A file that an earlier writer left is not as it must be.
+    /// A file of an earlier writer is not valid.
     #[error("{}: {problem}; remove the directory and begin again", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         problem: String,
     },
     /// The plan cannot be written as safetensors.
@@ -50,7 +50,7 @@ pub enum WriteError {
     Plan {
         /// The tensor's name.
         name: String,
-        /// What is wrong with it.
+        /// The problem.
         problem: String,
     },
 }
@@ -61,7 +61,7 @@ pub enum WriteError {
 /// If the file system refuses.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), WriteError> {
     let temporary = temporary_path(path);
-    // A writer that was killed may have left a part of it.
+    // An earlier writer that was killed may have left a part of it.
     let mut file = File::create(&temporary).map_err(|source| io_error(&temporary, source))?;
     let written = file.write_all(bytes).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&temporary, path));
     written.map_err(|source| {
@@ -71,7 +71,7 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), WriteError> {
     })
 }
 
-/// Sort a file system error into the kinds that a user can act on.
+/// Classify a file system error by what a user can do about it.
 pub fn io_error(path: &Path, source: io::Error) -> WriteError {
     let path = path.to_path_buf();
     match source.kind() {
@@ -84,7 +84,7 @@ pub fn io_error(path: &Path, source: io::Error) -> WriteError {
     }
 }
 
-/// The same for a file that an earlier writer left: it must be there.
+/// As [`io_error`], for a file of an earlier writer, which must exist.
 pub(super) fn resume_error(path: &Path, source: io::Error) -> WriteError {
     match source.kind() {
         io::ErrorKind::NotFound => {

@@ -31,7 +31,7 @@ pub struct CheckpointWriter {
     /// In the order in which they are written.
     tensors: Vec<PlannedTensor>,
     shards: Vec<Shard>,
-    /// If it is dropped before the end, its files stay.
+    /// Keep the files if it is dropped before the end.
     is_resumable: bool,
     /// Shards that have a file; the last of them is being written.
     num_opened: usize,
@@ -60,7 +60,7 @@ impl CheckpointWriter {
     }
 
     /// Go on where an earlier writer of the same plan stopped, wherever that was, in the same `dir`: the first
-    /// `num_complete` tensors are on the disk. With 0, begin. What the writer makes stays when it is dropped.
+    /// `num_complete` tensors are on the disk; 0 starts anew. The files of the writer are kept when it is dropped.
     ///
     /// # Errors
     /// As [`CheckpointWriter::create`], and if files of the complete tensors are missing, too short, or of another plan.
@@ -271,7 +271,7 @@ impl Drop for CheckpointWriter {
             return;
         }
         for index in 0..self.num_opened {
-            // There is nobody to tell; a temporary file that stays does no harm.
+            // The error cannot be reported; a temporary file that is left does no harm.
             let _ = fs::remove_file(self.temporary_path(index));
         }
     }

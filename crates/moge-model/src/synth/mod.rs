@@ -28,10 +28,10 @@ pub fn presets() -> impl Iterator<Item = &'static Preset> {
     Architecture::ALL.into_iter().flat_map(|architecture| architecture.spec().synth.presets)
 }
 
-/// Why no checkpoint was made.
+/// Reasons why no checkpoint was written.
 #[derive(Debug, Error)]
 pub enum SynthError {
-    /// The sizes describe no network.
+    /// The sizes do not describe a valid network.
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// The vocabulary has no room for the special tokens and the alphabet.
@@ -83,7 +83,7 @@ impl SynthConfig {
     }
 }
 
-/// Write a random checkpoint into `dir`, which is made if it is not there and must be empty if it is. `progress` gets
+/// Write a random checkpoint into `dir`, which is created if absent and must be empty otherwise. `progress` gets
 /// the bytes of weights written so far and in all.
 ///
 /// The same config gives the same bytes on every machine. `config.json` comes last: without it no reader takes a

@@ -10,7 +10,7 @@ pub enum ChatTemplateError {
     /// A file cannot be read, or is damaged.
     #[error(transparent)]
     File(#[from] TokenizerError),
-    /// The checkpoint brings no template and none is known for its network.
+    /// The checkpoint has no template, and its architecture has no built-in one.
     #[error(
         "{dir}: no chat template: there is no chat_template.jinja and no `chat_template` in tokenizer_config.json, \
          and {architecture:?} has no built-in one"
@@ -21,30 +21,30 @@ pub enum ChatTemplateError {
         /// The network.
         architecture: Architecture,
     },
-    /// `chat_template` in `tokenizer_config.json` is not what it should be.
+    /// `chat_template` in `tokenizer_config.json` is not valid.
     #[error("{file}: chat_template: {problem}")]
     Field {
         /// The file's path.
         file: String,
-        /// What was found and what is allowed.
+        /// The value found and the values allowed.
         problem: String,
     },
-    /// The template is not Jinja.
+    /// The template is not valid Jinja.
     #[error("{file}: line {line}: {problem}")]
     Syntax {
         /// The file's path.
         file: String,
         /// The line in the template.
         line: usize,
-        /// What is wrong there.
+        /// The problem.
         problem: String,
     },
-    /// A message is no object with a role, or its content is none.
+    /// A message is not an object with a role, or its content is not valid.
     #[error("messages[{index}]: {problem}")]
     Message {
-        /// Which message, from 0.
+        /// Index of the message.
         index: usize,
-        /// What was found and what is allowed.
+        /// The value found and the values allowed.
         problem: &'static str,
     },
     /// The template called `raise_exception`: it does not accept these messages.
@@ -52,15 +52,15 @@ pub enum ChatTemplateError {
     Raised {
         /// The file's path.
         file: String,
-        /// What the template says.
+        /// The template's message.
         message: String,
     },
-    /// The template loops for ever, or makes far more text than its input justifies.
+    /// The template does not terminate, or produces far more text than its input justifies.
     #[error("{file}: the chat template does too much work; allowed: {fuel} units of fuel for this input")]
     TooMuchWork {
         /// The file's path.
         file: String,
-        /// Steps that were allowed; 64 bytes of text count as one.
+        /// Steps allowed; 64 bytes of text count as one.
         fuel: u64,
     },
     /// The template takes too long.
@@ -68,31 +68,31 @@ pub enum ChatTemplateError {
     TooSlow {
         /// The file's path.
         file: String,
-        /// Seconds that were allowed.
+        /// Seconds allowed.
         seconds: u64,
     },
-    /// There is no thread to run the template on.
+    /// The thread that renders the template cannot be started.
     #[error("{file}: the chat template cannot run: {source}")]
     Thread {
         /// The file's path.
         file: String,
-        /// What the system says.
+        /// The I/O error.
         source: std::io::Error,
     },
-    /// The template engine has a defect that this template meets.
+    /// The template engine panicked on this template.
     #[error("{file}: the template engine panicked")]
     Panicked {
         /// The file's path.
         file: String,
     },
-    /// The template fails with these messages.
+    /// The template fails on these messages.
     #[error("{file}: line {line}: {problem}")]
     Render {
         /// The file's path.
         file: String,
         /// The line in the template.
         line: usize,
-        /// What went wrong there.
+        /// The problem.
         problem: String,
     },
 }

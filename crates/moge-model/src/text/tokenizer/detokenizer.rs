@@ -1,19 +1,19 @@
-//! Text of a token stream, as soon as it is certain.
+//! Incremental decoding of a token stream.
 
 use super::utf8::decode_utf8;
 use super::{Run, Tokenizer};
 use crate::TokenId;
 
-/// Turns one sequence's tokens into text while they arrive.
+/// Decodes the tokens of one sequence while they arrive.
 ///
-/// What all calls return together equals [`Tokenizer::decode`] of all tokens. Only the bytes of an unfinished
-/// character are held back, so a U+FFFD that the model itself writes comes out at once.
+/// The results of all calls, concatenated, equal [`Tokenizer::decode`] of all tokens. Only the bytes of an incomplete
+/// character are held back, so a U+FFFD that the model itself writes is returned at once.
 ///
-/// SentencePiece drops the space before the first word of a text. Text that goes on after a prompt keeps it:
+/// SentencePiece drops the space before the first word of a text. A text that continues a prompt keeps it:
 /// [`Detokenizer::after`].
 #[derive(Clone, Debug, Default)]
 pub struct Detokenizer {
-    /// The first bytes of an unfinished UTF-8 character; at most three between calls.
+    /// The first bytes of an incomplete UTF-8 character; at most three between calls.
     pending: Vec<u8>,
     run: Run,
 }
@@ -28,8 +28,8 @@ impl Detokenizer {
         detokenizer
     }
 
-    /// Take the next token of the sequence; returns the text that became certain, often empty for a part of a
-    /// character. Every call for one sequence must be given the same tokenizer.
+    /// Take the next token of the sequence; returns the text that is complete, which is empty if the token ends inside a
+    /// character. All calls for a sequence take the same tokenizer.
     pub fn push(&mut self, tokenizer: &Tokenizer, id: TokenId) -> String {
         tokenizer.append_bytes(id, &mut self.run, &mut self.pending);
         let mut text = String::new();
@@ -37,7 +37,7 @@ impl Detokenizer {
         text
     }
 
-    /// End the sequence; returns what an unfinished character decodes to. A new sequence may follow.
+    /// End the sequence; returns the text of an incomplete character. A new sequence may follow.
     pub fn finish(&mut self, tokenizer: &Tokenizer) -> String {
         let mut text = String::new();
         tokenizer.invalid_utf8().replace(self.pending.len(), &mut text);

@@ -19,25 +19,25 @@ pub enum TokenizerError {
     Read {
         /// The file's path.
         file: String,
-        /// What the system says.
+        /// The I/O error.
         source: std::io::Error,
     },
-    /// A file is not what its name says.
+    /// A file is not of the expected format.
     #[error("{file}: {problem}")]
     Invalid {
         /// The file's path.
         file: String,
-        /// What was found.
+        /// The value found.
         problem: String,
     },
-    /// A field is wrong, or asks for something that is not implemented.
+    /// A field is not valid, or asks for a feature that is not implemented.
     #[error("{file}: {field}: {problem}")]
     Field {
         /// The file's path.
         file: String,
         /// The field's name.
         field: String,
-        /// What was found and what is allowed.
+        /// The value found and the values allowed.
         problem: String,
     },
     /// `tokenizer.model` is refused.
@@ -55,12 +55,12 @@ pub enum TokenizerError {
         /// Entries of the model's vocabulary.
         vocab_size: usize,
     },
-    /// The tokenizer gives up on a text.
+    /// The text cannot be encoded.
     #[error("{file}: the text cannot be encoded: {problem}")]
     Encode {
         /// The tokenizer's file.
         file: String,
-        /// What it says.
+        /// The tokenizer's message.
         problem: String,
     },
 }

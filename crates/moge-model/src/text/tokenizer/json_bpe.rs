@@ -17,7 +17,7 @@ use super::sentencepiece::{TextStart, byte_of};
 use super::special_tokens::is_bracketed;
 use crate::TokenId;
 
-/// Ids above this are taken for damage: no vocabulary is near it, and tables are as long as the largest id.
+/// Largest id that is accepted; tables are as long as the largest id, and no known vocabulary is near it.
 const MAX_ID: u32 = 1 << 24;
 
 /// A `tokenizer.json`: every token is a string of bytes, and a text decodes to the bytes of its tokens.
@@ -27,7 +27,7 @@ pub(super) struct JsonBpe {
     spelling: Spelling,
     /// Bytes of all tokens in the order of their ids.
     bytes: Vec<u8>,
-    /// Where the bytes of each id end.
+    /// End of the bytes of each id.
     ends: Vec<usize>,
     /// Tokens that the post-processor puts before a text.
     prefix: Vec<TokenId>,
@@ -85,7 +85,7 @@ impl JsonBpe {
                 Some(field) => field_error(file, field, format!("not understood: {problem}")),
                 None => invalid(format!("not a tokenizer: {problem}")),
             })?;
-        // How long a prompt may be is decided elsewhere; cutting or padding it here would be silent.
+        // The length of a prompt is checked elsewhere; truncation or padding here would be silent.
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|error| field_error(file, "truncation", error.to_string()))?;
         let decoder = serde_json::to_value(inner.get_decoder()).unwrap_or_default();
@@ -157,17 +157,17 @@ impl JsonBpe {
     }
 }
 
-/// Call the library, which meets some files that contradict themselves with a panic.
+/// Call the library, which panics on some inconsistent files.
 fn without_panic<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
-    // Nothing of what the call borrows is looked at after a panic: a tokenizer that fails to load is dropped, and
-    // encoding changes nothing but a cache behind a lock.
+    // No borrowed value is used after a panic in an inconsistent state: a tokenizer that fails to load is dropped, and
+    // encoding changes only a cache behind a lock.
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(result) => result.map_err(|error| error.to_string()),
         Err(_) => Err("the tokenizers library panicked".into()),
     }
 }
 
-/// The first part of a `tokenizer.json` that the library cannot read by itself; its own message does not say which.
+/// The first part of a `tokenizer.json` that the library cannot parse; its own message does not name it.
 fn unreadable_field(json: &[u8]) -> Option<&'static str> {
     fn is_read<T: DeserializeOwned>(part: &Value) -> bool {
         part.is_null() || without_panic(|| Ok(T::deserialize(part)?)).is_ok()
@@ -183,7 +183,7 @@ fn unreadable_field(json: &[u8]) -> Option<&'static str> {
     fields.into_iter().find(|(_, is_read)| !is_read).map(|(field, _)| field)
 }
 
-/// The bytes of every id from 0 to the largest, and where each ends.
+/// The bytes of all ids from 0 to the largest, and the end of each.
 fn token_bytes_table(
     inner: &HfTokenizer,
     spelling: Spelling,
@@ -207,8 +207,8 @@ fn token_bytes_table(
     Ok((bytes, ends))
 }
 
-/// The byte alphabet of GPT-2: printable Latin-1 stands for itself, every other byte for the next free
-/// character from U+0100 on.
+/// The byte alphabet of GPT-2: a printable byte of Latin-1 is spelled as itself, any other as the next free character
+/// from U+0100 on.
 fn byte_of_char() -> HashMap<char, u8> {
     let mut next_free = 0x100;
     (0..=255u8)
@@ -221,7 +221,7 @@ fn byte_of_char() -> HashMap<char, u8> {
         .collect()
 }
 
-/// What the post-processor puts before a text. It may be of several kinds, so a text is tried.
+/// The tokens that the post-processor puts before a text, found by encoding one: post-processors are of several kinds.
 fn prefix_tokens(inner: &HfTokenizer, file: &str) -> Result<Vec<TokenId>, TokenizerError> {
     let encoding = without_panic(|| inner.encode("a", true))
         .map_err(|problem| TokenizerError::Encode { file: file.to_owned(), problem })?;

@@ -24,21 +24,21 @@ use sentencepiece::{PieceKind, SentencePiece, TextStart};
 use special_tokens::{Segment, SpecialTokens, is_bracketed};
 use utf8::{InvalidUtf8, decode_utf8};
 
-/// Ids of added tokens above this are taken for damage.
+/// Largest id of an added token that is accepted.
 const MAX_ADDED_ID: u32 = 1 << 24;
 
-/// Whether the tokens that every prompt starts with are wanted.
+/// The tokens that every prompt starts with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Prefix {
-    /// Put them first, unless the ids already begin with them.
+    /// Add them, unless the ids already begin with them.
     Add,
-    /// Leave the text's ids alone.
+    /// Do not add them.
     Omit,
 }
 
 /// A checkpoint's tokenizer.
 pub struct Tokenizer {
-    /// The path that messages name.
+    /// Path of the tokenizer, for messages.
     file: String,
     vocabulary: Vocabulary,
     prefix: Vec<TokenId>,
@@ -55,7 +55,7 @@ impl Tokenizer {
     /// Read `tokenizer.json`, or else `tokenizer.model`, and the JSON files beside it.
     ///
     /// # Errors
-    /// If neither is there, or one of the files is damaged or asks for something that is not implemented.
+    /// If neither is there, or one of the files is not valid or asks for a feature that is not implemented.
     pub fn load(dir: &Path) -> Result<Self, TokenizerError> {
         let files = TokenizerFiles::load(dir)?;
         let json = dir.join("tokenizer.json");
@@ -100,7 +100,7 @@ impl Tokenizer {
         Ok(Self { file: file.to_owned(), vocabulary, prefix, bos_id, eos_id })
     }
 
-    /// Token ids of a text. Special tokens are recognised in it wherever they stand.
+    /// Token ids of a text. Special tokens in the text are recognised.
     ///
     /// # Errors
     /// If a `tokenizer.json` cannot express the text (it lacks the token for a byte).
@@ -124,13 +124,13 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// Tokens that every prompt starts with: BOS for Pangu, `[gMASK]<sop>` for GLM-4, none for Qwen3.
+    /// Tokens that every prompt starts with: BOS for Pangu, `[gMASK]<sop>` for GLM-4, `<s>` for Llama 2, none for Qwen3.
     pub fn prefix(&self) -> &[TokenId] {
         &self.prefix
     }
 
-    /// Text of token ids. Special tokens are written as they stand, ids without a token as nothing, and bytes that
-    /// are no UTF-8 as U+FFFD.
+    /// Text of token ids. Special tokens are written verbatim, ids without a token are skipped, and bytes that are not
+    /// UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[TokenId]) -> String {
         let (mut bytes, mut run) = (Vec::new(), Run::default());
         for &id in ids {
@@ -142,21 +142,21 @@ impl Tokenizer {
         text
     }
 
-    /// Text of one token as it would be inside a text: a leading space stays, a part of a character is U+FFFD.
+    /// Text of one token inside a text: a leading space is kept, a part of a character becomes U+FFFD.
     pub fn token_text(&self, id: TokenId) -> String {
         String::from_utf8_lossy(&self.token_bytes(id)).into_owned()
     }
 
-    /// Bytes of one token as it would be inside a text: a leading space stays. None if there is no such id.
+    /// Bytes of one token inside a text: a leading space is kept. Empty if the id does not exist.
     pub fn token_bytes(&self, id: TokenId) -> Vec<u8> {
         let mut bytes = Vec::new();
         self.append_bytes(id, &mut Some(TextStart::Passed), &mut bytes);
         bytes
     }
 
-    /// True for a token that stands for itself and never for a part of a text: those that the files beside a
-    /// SentencePiece model list, its control and unknown pieces, added tokens that are called special, and all that
-    /// are written in brackets, such as `<think>` and `[unused16]`.
+    /// True for a token that never stands for a part of a text: those that the files beside a SentencePiece model list,
+    /// its control and unknown pieces, added tokens marked as special, and those in brackets, such as `<think>` and
+    /// `[unused16]`.
     pub fn is_special(&self, id: TokenId) -> bool {
         match &self.vocabulary {
             Vocabulary::Json(bpe) => bpe.is_special(id),
@@ -171,7 +171,7 @@ impl Tokenizer {
         }
     }
 
-    /// A token as the vocabulary spells it (`▁word`, `Ġword`, `<0x0A>`); empty if there is no such id.
+    /// A token as the vocabulary spells it (`▁word`, `Ġword`, `<0x0A>`); empty if the id does not exist.
     pub fn piece(&self, id: TokenId) -> String {
         match &self.vocabulary {
             Vocabulary::Json(bpe) => bpe.piece(id).unwrap_or_default(),
@@ -200,13 +200,13 @@ impl Tokenizer {
         }
     }
 
-    /// The token that the files name as beginning of a sequence.
+    /// The BOS token, if the files name one.
     pub fn bos_id(&self) -> Option<TokenId> {
         self.bos_id
     }
 
-    /// Check that the model has an embedding for every token. A model with more embeddings than tokens is fine:
-    /// many are padded, and what has no token decodes to nothing.
+    /// Check that the model has an embedding for every token. A model may have more embeddings than tokens: many are
+    /// padded, and an id without a token decodes to nothing.
     ///
     /// # Errors
     /// [`TokenizerError::DoesNotFit`], naming the first token beyond the model's vocabulary.
@@ -259,7 +259,7 @@ pub fn eos_token_ids(config: &[u32], generation: &GenerationDefaults, tokenizer:
     ids
 }
 
-/// Where a decode stands in a run of ordinary pieces; `None` between runs.
+/// State of decoding within a run of ordinary pieces; `None` between runs.
 type Run = Option<TextStart>;
 
 /// Give every listed special token the id that its file or else the model states.

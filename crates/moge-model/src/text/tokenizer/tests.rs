@@ -298,7 +298,7 @@ fn damaged_and_unsupported_files_are_refused_by_name() {
         (r#"{"eos_token": "<none>"}"#, "tokenizer_config.json: eos_token: the vocabulary has no token \"<none>\""),
         (r#"{"eos_token": 3}"#, "eos_token: 3 is neither a string nor an object"),
         (r#"{"add_bos_token": "yes"}"#, "add_bos_token: \"yes\" is neither true nor false"),
-        (r#"{"added_tokens_decoder": {"x": {"content": "y"}}}"#, "added_tokens_decoder.x: the key is no token id"),
+        (r#"{"added_tokens_decoder": {"x": {"content": "y"}}}"#, "added_tokens_decoder.x: the key is not a token id"),
         (r#"{"added_tokens_decoder": {"9": {}}}"#, "added_tokens_decoder.9: `content` must be a string"),
         (r#"{"additional_special_tokens": [""]}"#, "additional_special_tokens[0]: a token must not be empty"),
     ] {

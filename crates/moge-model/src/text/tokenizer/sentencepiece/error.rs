@@ -10,13 +10,13 @@ pub struct SentencePieceError {
     pub file: String,
     /// The field, with its place in the message.
     pub field: String,
-    /// What was found.
+    /// The value found.
     pub value: String,
-    /// What is allowed.
+    /// The values allowed.
     pub allowed: String,
 }
 
-/// A [`SentencePieceError`] that does not know its file yet.
+/// A [`SentencePieceError`] without its file.
 #[derive(Debug)]
 pub(super) struct Problem {
     field: String,
@@ -29,7 +29,7 @@ impl Problem {
         Problem { field: field.to_owned(), value, allowed: allowed.to_owned() }
     }
 
-    /// The same, seen from the message that holds the field's message.
+    /// The same problem with `message` before the field's path.
     pub(super) fn inside(mut self, message: &str) -> Problem {
         self.field = format!("{message}.{}", self.field);
         self

@@ -1,7 +1,7 @@
-//! SentencePiece byte-pair models (`tokenizer.model`), equal to the C++ library in what they encode and decode.
+//! SentencePiece byte-pair models (`tokenizer.model`), with the same results as the C++ library.
 //!
-//! Text to ids: `normalizer` prepares the text, `bpe` cuts it into pieces. Ids to text: each piece's bytes one after
-//! another, without the space that the normaliser put before the text.
+//! Encoding: `normalizer` prepares the text, `bpe` splits it into pieces. Decoding: the bytes of all pieces, without the
+//! space that the normaliser put before the text.
 
 mod bpe;
 mod charsmap;
@@ -20,15 +20,15 @@ pub(super) use proto::byte_of;
 pub use proto::{ModelProto, NormalizerSpec, Piece, PieceKind, TrainerSpec};
 use vocabulary::Vocabulary;
 
-/// Whether the next token begins the text, where a leading U+2581 is the dummy space and not part of the text.
+/// State of decoding: at the start of a text a leading U+2581 is the dummy space and not part of the text.
 ///
 /// Start with [`SentencePiece::text_start`], and hand the same value to every [`SentencePiece::push_token`]. For the bytes
 /// of one token as they would be inside a text, start with `Passed`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TextStart {
-    /// Nothing of the text has come yet.
+    /// No byte of the text has been decoded.
     Ahead,
-    /// The text has begun, or the model adds no space to its beginning.
+    /// The text has begun, or the model adds no space before it.
     Passed,
 }
 
@@ -46,8 +46,8 @@ impl SentencePiece {
     /// Read a `tokenizer.model`; `file` is its name in errors.
     ///
     /// # Errors
-    /// If the bytes are no such model, contradict themselves, or ask for what we do not do: a model type other than
-    /// BPE, or a denormaliser with rules.
+    /// If the bytes are not a valid model, or ask for a feature that is not implemented: a model type other than BPE, or a
+    /// denormaliser with rules.
     pub fn from_bytes(bytes: &[u8], file: &str) -> Result<SentencePiece, SentencePieceError> {
         let ModelProto { pieces, trainer_spec, normalizer_spec } = ModelProto::from_bytes(bytes, file)?;
         let vocabulary = Vocabulary::new(pieces, trainer_spec.byte_fallback);
@@ -61,14 +61,13 @@ impl SentencePiece {
         })
     }
 
-    /// Token ids of plain text. Nothing is added, and text that looks like a control piece is still text.
+    /// Token ids of plain text. No token is added, and the name of a control piece is ordinary text.
     pub fn encode(&self, text: &str) -> Vec<TokenId> {
         let normalized = self.normalizer.normalize(text, &self.vocabulary.user_defined);
         bpe::encode(&self.vocabulary, &normalized)
     }
 
-    /// The text of `ids`. Bytes of byte pieces that together are no UTF-8 become U+FFFD, one for each byte. See
-    /// [`Self::push_token`].
+    /// The text of `ids`. Bytes of byte pieces that are not UTF-8 become one U+FFFD each. See [`Self::push_token`].
     pub fn decode(&self, ids: &[TokenId]) -> String {
         let mut text = String::new();
         // A character's bytes lie in neighbouring byte pieces: any other piece between them, even one without text,
@@ -96,7 +95,7 @@ impl SentencePiece {
         bytes
     }
 
-    /// What to begin a text with in [`Self::push_token`].
+    /// The initial state for [`Self::push_token`].
     pub fn text_start(&self) -> TextStart {
         if self.add_dummy_prefix || self.remove_extra_whitespaces { TextStart::Ahead } else { TextStart::Passed }
     }
@@ -136,27 +135,27 @@ impl SentencePiece {
         }
     }
 
-    /// How many pieces there are; token ids are below this.
+    /// Number of pieces; token ids are below this.
     pub fn vocab_size(&self) -> usize {
         self.vocabulary.len()
     }
 
-    /// The name of a piece: its text with U+2581 for spaces, or such as `<0x0A>` and `<s>`.
+    /// The name of a piece: its text with U+2581 for spaces, or a name such as `<0x0A>` and `<s>`.
     pub fn piece(&self, id: TokenId) -> Option<&str> {
         self.vocabulary.piece(id).map(|piece| piece.piece.as_str())
     }
 
-    /// What a piece stands for.
+    /// The kind of a piece.
     pub fn kind(&self, id: TokenId) -> Option<PieceKind> {
         self.vocabulary.kind(id)
     }
 
-    /// The piece of this name, of whatever kind.
+    /// The piece of this name, of any kind.
     pub fn id_of(&self, piece: &str) -> Option<TokenId> {
         self.vocabulary.id_of(piece)
     }
 
-    /// The piece for text that no piece spells.
+    /// The piece for text that is not in the vocabulary.
     pub fn unk_id(&self) -> Option<TokenId> {
         self.vocabulary.unk_id
     }
@@ -181,7 +180,7 @@ impl SentencePiece {
     }
 }
 
-/// Append `bytes` with U+FFFD for each byte that is no UTF-8.
+/// Append `bytes` with U+FFFD for each byte that is not UTF-8.
 fn push_repaired(text: &mut String, bytes: &[u8]) {
     for chunk in bytes.utf8_chunks() {
         text.push_str(chunk.valid());
