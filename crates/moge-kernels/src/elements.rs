@@ -44,15 +44,6 @@ pub enum Store {
     Add,
 }
 
-/// `x` rounded to bf16 (nearest, ties to even), as f32. NaN stays NaN; what is too large becomes infinite.
-#[inline(always)]
-pub fn round_to_bf16(x: f32) -> f32 {
-    let bits = x.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
-    let quiet_nan = bits | 0x0040_0000;
-    f32::from_bits((if x.is_nan() { quiet_nan } else { rounded }) & 0xffff_0000)
-}
-
 /// Borrowed numbers of any stored type.
 #[derive(Clone, Copy, Debug)]
 pub enum Elements<'a> {
@@ -182,8 +173,9 @@ impl<'a> Matrix<'a> {
 
 #[cfg(all(test, not(loom)))]
 mod tests {
-    use super::{Elements, Matrix, round_to_bf16};
+    use super::{Elements, Matrix};
     use crate::Isa;
+    use crate::round_to_bf16;
     use half::{bf16, f16};
 
     #[test]

@@ -41,7 +41,7 @@ pub use ceilings::{Int8Product, MemoryRead, f32_flops_per_s, int8_ops_per_s};
 pub use combine::{Begin, ExpertOutputs, combine};
 pub use cpu::{Cpu, available_threads};
 pub use cross_entropy::{IGNORED_TARGET, cross_entropy};
-pub use elements::{Dtype, Elements, Matrix, Precision, Store, round_to_bf16};
+pub use elements::{Dtype, Elements, Matrix, Precision, Store};
 pub use embedding::{embed, embed_backward};
 pub use gemm::{ExpertWeights, GroupedRows, ProductRows, Products, gemm, grouped_gemm, grouped_swiglu};
 pub use isa::{Isa, UnknownIsa};
@@ -54,6 +54,7 @@ pub use quant::{
     QUANT_BLOCK_LEN, QuantizedRows, pack_levels, pack_panel, packed_experts_down, packed_gemm, packed_swiglu,
 };
 pub use rope::{RopeAngles, RopeHead, RopeLayout, rope, rope_angles, rope_backward, rope_inverse_frequencies};
+pub use simd::round_to_bf16;
 pub use softmax::softmax;
 pub use sums::{column_sums, sum_of_squares, sum_of_squares_scratch_len};
 pub use swiglu::{RowWeights, swiglu_backward, swiglu_rows};

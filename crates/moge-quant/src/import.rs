@@ -24,36 +24,11 @@ use serde_json::{Map, Value};
 
 use crate::damage::role_name;
 use crate::error::QuantizeError;
-use crate::source::{Input, Item, refuse};
+use crate::item::{Input, Item, Levels, StaticBias, int64, number, refuse};
 
 /// How the names of a description, of an index and of weight files begin.
 const DESCRIPTION_PREFIX: &str = "quant_model_description";
 const WEIGHTS_PREFIX: &str = "quant_model_weight";
-
-/// Largest remainder of a bias that is rounding: half a step of the int32 that was stored, and as much again.
-const MAX_ROUNDING: f64 = 1.0;
-
-/// An int8 weight.
-#[derive(Clone, Debug)]
-pub(crate) struct Levels {
-    /// `[out, in]`.
-    pub(crate) levels: StoredTensor,
-    /// `[out]`.
-    scales: StoredTensor,
-    scale_divisor: f32,
-    /// The bias that must vanish, as the network has no place for it.
-    vanishing_bias: Option<StaticBias>,
-}
-
-/// A bias that is folded into what a static weight has.
-#[derive(Clone, Debug)]
-pub(crate) struct StaticBias {
-    /// `[out, in]`.
-    pub(crate) levels: StoredTensor,
-    quant_bias: StoredTensor,
-    input_offset: f64,
-    deq_scale: StoredTensor,
-}
 
 /// The type of a tensor in the description.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,66 +47,9 @@ pub(crate) struct Import {
     checkpoint: Checkpoint,
 }
 
-impl Levels {
-    /// Scales of the rows from `first_row` on, as many as `out` has.
-    pub(crate) fn scales(&self, first_row: usize, out: &mut [f32]) {
-        for (row, scale) in (first_row..).zip(out) {
-            *scale = number(&self.scales, row) as f32 / self.scale_divisor;
-        }
-    }
-
-    /// True if the bias of row `row` with the levels `levels` vanishes, or there is none.
-    pub(crate) fn bias_vanishes(&self, row: usize, levels: &[i8]) -> bool {
-        self.vanishing_bias.as_ref().is_none_or(|bias| {
-            let shift = bias.input_offset * sum(levels);
-            // The int32 may come from arithmetic in f32.
-            (number(&bias.quant_bias, row) + shift).abs() <= MAX_ROUNDING + f64::from(f32::EPSILON) * shift.abs()
-        })
-    }
-}
-
-impl StaticBias {
-    /// The bias, `[out]`.
-    pub(crate) fn numbers(&self) -> Vec<f32> {
-        let cols = self.levels.shape()[1];
-        let rows = self.levels.bytes().chunks_exact(cols).enumerate();
-        let bias = rows.map(|(row, levels)| {
-            let sum = sum(bytemuck::cast_slice(levels));
-            (number(&self.quant_bias, row) + self.input_offset * sum) * number(&self.deq_scale, row)
-        });
-        bias.map(|bias| bias as f32).collect()
-    }
-}
-
-fn sum(levels: &[i8]) -> f64 {
-    levels.iter().map(|&level| i64::from(level)).sum::<i64>() as f64
-}
-
-/// Number `index` of a tensor of a type that [`Import::check_numbers`] allows; int64 carries the bits of an f32.
-fn number(tensor: &StoredTensor, index: usize) -> f64 {
-    let bytes = tensor.bytes();
-    match tensor.dtype() {
-        Dtype::F32 => f32::from_le_bytes(element(bytes, index)).into(),
-        Dtype::F16 => half::f16::from_le_bytes(element(bytes, index)).into(),
-        Dtype::BF16 => half::bf16::from_le_bytes(element(bytes, index)).into(),
-        Dtype::I32 => i32::from_le_bytes(element(bytes, index)).into(),
-        Dtype::I8 => i8::from_le_bytes(element(bytes, index)).into(),
-        Dtype::I64 => f32::from_bits(int64(tensor, index) as u32).into(),
-        dtype => unreachable!("{dtype:?} was refused"),
-    }
-}
-
-fn int64(tensor: &StoredTensor, index: usize) -> i64 {
-    i64::from_le_bytes(element(tensor.bytes(), index))
-}
-
 /// True if `value` is 32 bits, extended by zeros or by their sign.
 fn is_f32(value: i64) -> bool {
     u32::try_from(value).is_ok() || i32::try_from(value).is_ok()
-}
-
-fn element<const N: usize>(bytes: &[u8], index: usize) -> [u8; N] {
-    std::array::from_fn(|i| bytes[index * N + i])
 }
 
 /// What was found while the tensors of a network were looked for.

@@ -16,9 +16,10 @@ use moge_model::{
 
 use crate::damage::{Damage, Rounding, TensorDamage};
 use crate::error::QuantizeError;
+use crate::item::Item;
 use crate::journal::{self, Identity, Journal, Record, refuse_files_in};
 use crate::pieces::Piece;
-use crate::source::{Item, Source};
+use crate::source::Source;
 
 /// Bytes that may be lost by a kill: as often the data is brought to the disk, then noted. A second of work or two.
 const SYNC_BYTES: usize = 256 << 20;

@@ -4,6 +4,7 @@ mod damage;
 mod error;
 mod evaluate;
 mod import;
+mod item;
 mod job;
 mod journal;
 mod pieces;

@@ -12,8 +12,8 @@ use moge_model::{Isa, PackedSpec, StoredTensor, count_non_finite};
 use safetensors::Dtype;
 
 use crate::error::QuantizeError;
-use crate::import::{Levels, misplaced_bias};
-use crate::source::{Input, Item};
+use crate::import::misplaced_bias;
+use crate::item::{Input, Item, Levels};
 
 /// Bytes of a source that are converted at a time: panels enough for many threads. Two pieces and three results are in
 /// memory at once.

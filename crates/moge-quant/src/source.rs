@@ -3,14 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use moge_model::{
-    Checkpoint, CheckpointError, ConfigError, LoadMode, ModelConfig, PlannedTensor, QuantScheme, StoredTensor,
-    TensorSpec, expected_tensors, read_file, source_name, tensor_problems,
+    Checkpoint, ConfigError, LoadMode, ModelConfig, QuantScheme, TensorSpec, expected_tensors, read_file, source_name,
+    tensor_problems,
 };
-use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use crate::error::QuantizeError;
-use crate::import::{Import, Levels, StaticBias};
+use crate::import::Import;
+use crate::item::{Input, Item, refuse};
 
 /// A checkpoint, opened and checked, and what will be made of it.
 #[derive(Debug)]
@@ -21,24 +21,6 @@ pub(crate) struct Source {
     pub(crate) config_json: Map<String, Value>,
     /// The tensors of the output.
     pub(crate) items: Vec<Item>,
-}
-
-/// A tensor of the output, and where its numbers come from.
-#[derive(Clone, Debug)]
-pub(crate) struct Item {
-    pub(crate) spec: TensorSpec,
-    pub(crate) input: Input,
-}
-
-/// Where numbers come from.
-#[derive(Clone, Debug)]
-pub(crate) enum Input {
-    /// A tensor of floats.
-    Floats(StoredTensor),
-    /// A tensor of int8 with scales.
-    Levels(Levels),
-    /// A bias that other tensors hold.
-    Bias(StaticBias),
 }
 
 impl Source {
@@ -90,33 +72,4 @@ fn load_config(dir: &Path, is_import: bool) -> Result<(ModelConfig, Map<String, 
     }
     let bytes = serde_json::to_vec(&fields).expect("it was JSON");
     Ok((ModelConfig::from_json(&bytes, &file)?, fields))
-}
-
-/// Fail if there are problems.
-pub(crate) fn refuse(dir: &Path, problems: Vec<moge_model::TensorProblem>) -> Result<(), QuantizeError> {
-    if problems.is_empty() {
-        return Ok(());
-    }
-    Err(CheckpointError::Tensors { dir: dir.display().to_string(), problems }.into())
-}
-
-impl Item {
-    /// As it will be written.
-    pub(crate) fn planned(&self) -> PlannedTensor {
-        let dtype = match (&self.spec.packed, &self.input) {
-            (Some(_), _) => Dtype::U8,
-            (None, Input::Floats(tensor)) => tensor.dtype(),
-            (None, _) => Dtype::F32,
-        };
-        PlannedTensor { name: self.spec.name.clone(), dtype, shape: self.spec.stored_shape() }
-    }
-
-    /// The large tensor that is read for it.
-    pub(crate) fn tensor(&self) -> &StoredTensor {
-        match &self.input {
-            Input::Floats(tensor) => tensor,
-            Input::Levels(levels) => &levels.levels,
-            Input::Bias(bias) => &bias.levels,
-        }
-    }
 }

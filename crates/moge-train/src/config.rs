@@ -12,7 +12,6 @@ use moge_model::{ConfigError, ModelConfig, read_file};
 use thiserror::Error;
 
 use crate::network::{MAX_ROWS, TrainMemory};
-use crate::schedule::Schedule;
 use raw::{
     RawCompute, RawFormat, RawLoss, RawModel, RawOnBadLine, RawOptimizer, RawOutput, RawPhase, RawRun, RawSource,
 };
@@ -228,11 +227,6 @@ impl RunConfig {
     /// Rows of the largest micro-batch.
     pub(crate) fn max_rows(&self) -> usize {
         self.phases.iter().map(|phase| phase.micro_batch_tokens).max().unwrap_or(0)
-    }
-
-    /// The steps of all phases.
-    pub fn schedule(&self) -> Schedule {
-        Schedule::new(&self.phases)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::f64::consts::PI;
 
-use crate::config::PhaseConfig;
+use crate::config::{PhaseConfig, RunConfig};
 
 /// The steps of a run, counted from 0 over all phases.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,6 +18,13 @@ struct Span {
     num_steps: u64,
     warmup_steps: u64,
     learning_rate: [f64; 2],
+}
+
+impl RunConfig {
+    /// The steps of all phases.
+    pub fn schedule(&self) -> Schedule {
+        Schedule::new(&self.phases)
+    }
 }
 
 impl Schedule {

@@ -78,11 +78,15 @@ pub(crate) fn check_training(plan: TrainMemory, available_bytes: u64) -> Result<
 /// Memory that can be had without swapping, within the limits of the control groups we are in. `None` where the system
 /// does not tell.
 pub(crate) fn available_bytes() -> Option<u64> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let available = mem_available(&std::fs::read_to_string("/proc/meminfo").ok()?)?;
+    Some(available.min(control_group_bytes().unwrap_or(u64::MAX)))
+}
+
+/// Bytes of the line `MemAvailable` of `/proc/meminfo`.
+fn mem_available(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    let limit = control_group_bytes().unwrap_or(u64::MAX);
-    Some((kib * 1024).min(limit))
+    kib.checked_mul(1024)
 }
 
 /// What the control groups (version 2) leave; page cache counts as free, as it does in `MemAvailable`.
@@ -95,6 +99,7 @@ fn control_group_bytes() -> Option<u64> {
     levels.filter_map(control_group_level).min()
 }
 
+/// What the control group of the directory `dir` leaves; `None` if it has no limit.
 fn control_group_level(dir: &Path) -> Option<u64> {
     let number = |name: &str| std::fs::read_to_string(dir.join(name)).ok()?.trim().parse::<u64>().ok();
     let limit = number("memory.max")?;
@@ -132,7 +137,33 @@ mod tests {
     }
 
     #[test]
-    fn this_machine_has_memory() {
-        assert!(available_bytes().is_none_or(|bytes| bytes > 1_000_000));
+    fn the_system_tells_what_is_available_in_kibibytes() {
+        let text =
+            "MemTotal:       24689764 kB\nMemFree:         1000000 kB\nMemAvailable:   20000000 kB\nBuffers: 5 kB\n";
+        assert_eq!(mem_available(text), Some(20_480_000_000));
+        for wrong in [
+            "",
+            "MemFree: 5 kB\n",
+            "MemAvailable: 5\n",
+            "MemAvailable: many kB\n",
+            "MemAvailable: 18446744073709551615 kB",
+        ] {
+            assert_eq!(mem_available(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_control_group_leaves_its_limit_less_what_is_used_but_for_page_cache() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+        write("memory.current", "7000000\n");
+        write("memory.stat", "anon 5000000\nfile 1500000\nkernel 1\n");
+        assert_eq!(control_group_level(dir.path()), None, "without a limit");
+        write("memory.max", "max\n");
+        assert_eq!(control_group_level(dir.path()), None);
+        write("memory.max", "9000000\n");
+        assert_eq!(control_group_level(dir.path()), Some(3_500_000));
+        write("memory.max", "5000000\n");
+        assert_eq!(control_group_level(dir.path()), Some(0), "more is used than allowed");
     }
 }

@@ -10,35 +10,9 @@ use std::ops::Range;
 use super::encode::{Attend, Queries};
 use super::numbers::{KvNumber, Product};
 use super::paged_kv::KvView;
+use super::split::{CHUNK_LEN, TILE_QUERIES, Tile, part_len};
 use crate::exp::exp2_up_to_0;
 use crate::simd::{MAX_LANES, Simd, SimdOp};
-
-/// Tokens of a chunk. Chunks sit at fixed positions: chunk `c` holds the tokens from `c * CHUNK_LEN`. The keys
-/// and values of one head, 128 wide in bf16, are 128 KiB, a share of L2; the integer sums of int8 fit 32 bits.
-pub(super) const CHUNK_LEN: usize = 256;
-
-/// Queries of a tile: with two registers of keys or values each, 12 sums, two loads and a factor fill 16 registers.
-pub(super) const TILE_QUERIES: usize = 6;
-
-/// Numbers of a part.
-pub(super) fn part_len(width: usize) -> usize {
-    width + 2
-}
-
-/// What becomes of a tile's scores.
-#[derive(Debug)]
-pub(super) struct Tile {
-    /// Scores, then their exponentials.
-    pub(super) scores: [[f32; CHUNK_LEN]; TILE_QUERIES],
-    /// For int8 values: the integers that multiply them.
-    pub(super) weights: [[i16; CHUNK_LEN]; TILE_QUERIES],
-}
-
-impl Tile {
-    fn new() -> Tile {
-        Tile { scores: [[0.0; CHUNK_LEN]; TILE_QUERIES], weights: [[0; CHUNK_LEN]; TILE_QUERIES] }
-    }
-}
 
 /// Scratch memory of one thread.
 #[derive(Debug)]

@@ -9,9 +9,9 @@
 
 use std::marker::PhantomData;
 
-use super::chunk::{CHUNK_LEN, TILE_QUERIES, Tile, part_len};
 use super::numbers::{KvFloat, KvNumber, Product};
 use super::paged_kv::{KvView, Layout};
+use super::split::{CHUNK_LEN, TILE_QUERIES, Tile, part_len};
 use crate::exp::exp2_up_to_0;
 use crate::simd::{Simd, SimdOp, map};
 

@@ -9,6 +9,7 @@ mod encode;
 mod numbers;
 mod paged_kv;
 mod scratch;
+mod split;
 #[cfg(all(test, not(loom)))]
 mod tests;
 mod training;
@@ -17,14 +18,16 @@ mod write;
 use std::ops::Range;
 
 use crate::cpu::{Cpu, SharedMut};
-use crate::elements::{Precision, round_to_bf16};
+use crate::elements::Precision;
 use crate::isa::Isa;
-use chunk::{AttendChunk, CHUNK_LEN, MergeParts, PrefetchChunk, Worker, part_len};
+use crate::simd::round_to_bf16;
+use chunk::{AttendChunk, MergeParts, PrefetchChunk, Worker};
 use encode::{Attend, PutQueries};
 pub use paged_kv::{KvType, PagedKv};
 use paged_kv::{KvView, Store};
 use scratch::Work;
 pub use scratch::{AttentionLimits, AttentionScratch};
+use split::{CHUNK_LEN, part_len};
 pub use training::{AttentionKept, PieceAttention, PieceAttentionScratch, attention_backward, attention_forward};
 pub use write::{QkvParams, write_qkv};
 

@@ -2,11 +2,22 @@
 
 use std::ops::Range;
 
-use super::chunk::{CHUNK_LEN, Worker, part_len};
+use super::SequenceRows;
+use super::chunk::Worker;
 use super::paged_kv::Layout;
-use super::{SequenceRows, write::WriteRun};
+use super::split::{CHUNK_LEN, part_len};
 use crate::cpu::Cpu;
 use crate::simd::MAX_LANES;
+
+/// Rows of a sequence whose places are in one block.
+#[derive(Clone, Debug)]
+pub(super) struct WriteRun {
+    /// The rows, counted over the step.
+    pub(super) rows: Range<usize>,
+    pub(super) block: usize,
+    /// Place of the first row in the block.
+    pub(super) slot: usize,
+}
 
 /// Most rows of a sequence that one thread takes at once, so that a chunk's keys come from memory once for all of them.
 const RUN_ROWS: usize = 16;

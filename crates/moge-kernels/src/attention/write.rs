@@ -1,13 +1,12 @@
 //! From the projections to attention: norm and turn queries and keys, store keys and values.
 
-use std::ops::Range;
-
 use half::bf16;
 use half::slice::HalfBitsSliceExt;
 
 use super::encode::{integer_scale, max_abs};
 use super::numbers::KvNumber;
 use super::paged_kv::{Layout, Numbers, Store};
+use super::scratch::WriteRun;
 use super::{AttentionScratch, PagedKv, SequenceRows};
 use crate::cpu::{Cpu, SharedMut};
 use crate::elements::Precision;
@@ -28,16 +27,6 @@ pub struct QkvParams<'a> {
     pub rope: RopeHead,
     /// Precision of queries and keys.
     pub activation: Precision,
-}
-
-/// Rows of a sequence whose places are in one block.
-#[derive(Clone, Debug)]
-pub(super) struct WriteRun {
-    /// The rows, counted over the step.
-    rows: Range<usize>,
-    block: usize,
-    /// Place of the first row in the block.
-    slot: usize,
 }
 
 /// Norm every query and key head if `params` says so, turn them ([`crate::RopeLayout`]), round them if `params` says

@@ -3,7 +3,6 @@
 use half::{bf16, f16};
 
 use super::{Simd, Stored};
-use crate::elements::round_to_bf16;
 
 /// The scalar ISA.
 #[derive(Clone, Copy)]
@@ -179,4 +178,13 @@ impl Simd for Scalar {
     fn sum4(self, v: [f32; 4]) -> [f32; 4] {
         v
     }
+}
+
+/// `x` rounded to bf16 (nearest, ties to even), as f32. NaN stays NaN; what is too large becomes infinite.
+#[inline(always)]
+pub fn round_to_bf16(x: f32) -> f32 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+    let quiet_nan = bits | 0x0040_0000;
+    f32::from_bits((if x.is_nan() { quiet_nan } else { rounded }) & 0xffff_0000)
 }

@@ -132,12 +132,13 @@ mod tests {
     fn time_goes_to_the_operator_that_ends_it_and_time_between_steps_to_none() {
         let mut profile = Profile::recording();
         sleep(Duration::from_millis(30));
+        let start = Instant::now();
         profile.begin_step();
         profile.mark(Operator::Qkv);
         sleep(Duration::from_millis(2));
         profile.mark(Operator::Head);
-        assert!(profile.time(Operator::Head) >= Duration::from_millis(2));
-        assert!(profile.time(Operator::Qkv) < Duration::from_millis(30));
+        assert!(profile.time(Operator::Head) >= Duration::from_millis(2), "a sleep is never shorter");
+        assert!(profile.total() <= start.elapsed(), "what came before the step counts for none");
         assert_eq!(profile.total(), profile.time(Operator::Head) + profile.time(Operator::Qkv));
     }
 
