@@ -6,11 +6,15 @@
 //! preempted: it gives its blocks back, waits before all others, and computes its tokens again, which gives the same
 //! ones. Prompts that begin alike share blocks.
 
+mod share;
+
 use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use moge_model::{BLOCK_SIZE, BlockId, SequenceRows, TokenId, Tokenizer};
+use moge_model::{BLOCK_SIZE, TokenId, Tokenizer};
+
+use share::{Budget, Share};
 
 use crate::block_manager::{BlockManager, PrefixId};
 use crate::error::AdmitError;
@@ -21,7 +25,7 @@ use crate::request::{Request, SeqId};
 use crate::sample::LogitRows;
 use crate::sequence::{Phase, Sequence};
 use crate::stats::EngineStats;
-use crate::step::{ScheduledSequence, Step};
+use crate::step::Step;
 use crate::text::TextStream;
 
 /// Rows of a step that may want logits for `prompt_logprobs`, over all sequences. Enough for a step to share the
@@ -71,21 +75,6 @@ pub struct Scheduler {
     num_preemptions: u64,
     num_prompt_tokens_looked_up: u64,
     num_prompt_tokens_cached: u64,
-}
-
-/// What is left of a step while it is filled.
-struct Budget {
-    rows: usize,
-    prompt_logit_rows: usize,
-}
-
-/// The rows that a running sequence gets in a step.
-struct Share {
-    /// Of the sequence in [`Scheduler::running`].
-    index: usize,
-    /// Rows of its tokens.
-    num_rows: usize,
-    num_draft_rows: usize,
 }
 
 impl Scheduler {
@@ -189,7 +178,7 @@ impl Scheduler {
             budget.rows -= share.num_draft_rows;
         }
         for share in shares {
-            push(&mut step, &self.running[share.index], &share);
+            share.push_to(&mut step, &self.running[share.index]);
         }
         (!step.sequences.is_empty()).then_some(step)
     }
@@ -460,48 +449,6 @@ impl Scheduler {
         }
         Ok(max_tokens)
     }
-}
-
-impl Budget {
-    /// As many rows of the tokens of `sequence`, which has this index, as it needs and there are.
-    fn take(&mut self, index: usize, sequence: &Sequence) -> Share {
-        let mut num_rows = sequence.num_uncomputed_tokens().min(self.rows);
-        if sequence.wants_prompt_logits() {
-            num_rows = num_rows.min(self.prompt_logit_rows);
-            self.prompt_logit_rows -= num_rows;
-        }
-        self.rows -= num_rows;
-        Share { index, num_rows, num_draft_rows: 0 }
-    }
-}
-
-impl Share {
-    /// True if these are all rows that `sequence` needs, so that the next token can be sampled.
-    fn is_last_of(&self, sequence: &Sequence) -> bool {
-        self.num_rows == sequence.num_uncomputed_tokens()
-    }
-}
-
-/// Add the rows of a sequence.
-fn push(step: &mut Step, sequence: &Sequence, share: &Share) {
-    let first_position = sequence.num_computed_tokens;
-    let num_rows = share.num_rows + share.num_draft_rows;
-    let end = first_position + num_rows;
-    let num_sample_rows = if share.is_last_of(sequence) { 1 + share.num_draft_rows } else { 0 };
-    let num_prompt_logit_rows = if sequence.wants_prompt_logits() { num_rows - num_sample_rows } else { 0 };
-    let batch = &mut step.batch;
-    batch.tokens.extend(&sequence.tokens[first_position..first_position + share.num_rows]);
-    batch.tokens.extend(&sequence.draft[..share.num_draft_rows]);
-    let end_row = batch.tokens.len() as u32; // at most max_batched_tokens rows, see `Scheduler::new`
-    let num_logit_rows = num_prompt_logit_rows + num_sample_rows;
-    batch.logit_rows.extend(end_row - num_logit_rows as u32..end_row);
-    let num_route_rows =
-        if sequence.sampling.return_expert_ids { end.saturating_sub(sequence.num_ever_computed_tokens) } else { 0 };
-    batch.route_rows.extend(end_row - num_route_rows as u32..end_row);
-    let block_table: Vec<BlockId> = sequence.block_table[..end.div_ceil(BLOCK_SIZE)].to_vec();
-    batch.sequences.push(SequenceRows { num_rows, first_position, block_table });
-    let id = sequence.id;
-    step.sequences.push(ScheduledSequence { id, num_prompt_logit_rows, num_sample_rows, num_route_rows });
 }
 
 #[cfg(test)]
