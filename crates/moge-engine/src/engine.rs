@@ -12,7 +12,7 @@ use crate::masks::Masks;
 use crate::output::{SequenceOutput, SequenceResult};
 use crate::request::{Request, SeqId};
 use crate::sample::sample;
-use crate::sampler::Sampler;
+use crate::sampler::Samplers;
 use crate::scheduler::{Scheduler, SchedulerConfig};
 use crate::stats::{EngineStats, ExpertLoad};
 use crate::step::Step;
@@ -75,7 +75,7 @@ pub struct Engine {
     workspace: Workspace,
     output: StepOutput,
     scheduler: Scheduler,
-    sampler: Sampler,
+    samplers: Samplers,
     expert_load: Option<ExpertLoad>,
     masks: Masks,
 }
@@ -93,7 +93,7 @@ impl Engine {
             workspace: Workspace::new(model.config(), config.activation, limits),
             output: StepOutput::new(model.config(), limits),
             scheduler: Scheduler::new(config.scheduler(model.config()), tokenizer),
-            sampler: Sampler::default(),
+            samplers: Samplers::default(),
             expert_load: ExpertLoad::new(model.config()),
             masks: Masks::default(),
             num_threads: limits.num_threads,
@@ -128,7 +128,7 @@ impl Engine {
         let masks = self.scheduler.return_grammars(self.masks.finish());
         let rows = self.scheduler.logit_rows(&step, masks);
         let vocab_size = self.model.config().vocab_size;
-        let mut results = sample(&mut self.sampler, &rows, &self.output.logits, vocab_size);
+        let mut results = sample(cpu, &self.samplers, &rows, &self.output.logits, vocab_size);
         if let Some(load) = &mut self.expert_load {
             load.add(&self.output.rows_per_expert);
             add_expert_ids(&mut results, &step, &self.output.expert_ids, load);

@@ -2,10 +2,10 @@
 //!
 //! The order, which changes results: logit_bias, repetition penalty, presence and frequency penalties, bans of what
 //! the grammar does not allow and of stop tokens while `min_tokens` are not reached; temperature; top_k; top_p; min_p;
-//! draw. Each filter sees the probabilities that the one before it left, renormalized. All of it in f64, one row after
-//! the other, in orders that depend on logits and ids only.
+//! draw. Each filter sees the probabilities that the one before it left, renormalized. All of it in f64, in orders that depend on logits and ids only.
 
 use std::collections::BinaryHeap;
+use std::sync::{Mutex, PoisonError};
 
 use moge_model::TokenId;
 
@@ -34,6 +34,20 @@ pub(crate) struct Sampler {
     scores: Vec<f64>,
     /// How often each token occurs, `[vocab_size]`; zero between calls.
     counts: Vec<u32>,
+}
+
+/// Samplers for threads that sample at the same time: as many as there were at once.
+#[derive(Debug, Default)]
+pub(crate) struct Samplers(Mutex<Vec<Sampler>>);
+
+impl Samplers {
+    /// Call `work` with a sampler that no other thread uses meanwhile.
+    pub(crate) fn with(&self, work: impl FnOnce(&mut Sampler)) {
+        let free = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sampler = free().pop().unwrap_or_default();
+        work(&mut sampler);
+        free().push(sampler);
+    }
 }
 
 impl Sampler {
