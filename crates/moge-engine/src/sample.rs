@@ -1,4 +1,4 @@
-//! The logits of one step to log-probabilities of prompt tokens and to new tokens.
+//! Turns the logits of one step into log-probabilities of prompt tokens and new tokens.
 
 use std::borrow::Cow;
 
@@ -10,7 +10,7 @@ use crate::output::{FinishReason, Sampled, SequenceResult};
 use crate::sampler::{History, NoFiniteLogit, Sampler, Samplers};
 use crate::sampling_params::SamplingParams;
 
-/// The rows of one sequence that want logits, and all that sampling from them depends on.
+/// One sequence's logit rows, and everything that sampling from them depends on.
 pub(crate) struct LogitRows<'a> {
     pub(crate) params: &'a SamplingParams,
     /// Prompt, tokens sampled so far, and the draft tokens that have rows in this step.
@@ -22,7 +22,7 @@ pub(crate) struct LogitRows<'a> {
     pub(crate) num_sample_rows: usize,
     /// Tokens that end the sequence.
     pub(crate) stop_token_ids: &'a [TokenId],
-    /// With a grammar: what it allows in each of the rows to sample from, as far as it allows the draft.
+    /// With a grammar: the masks of the sample rows, up to the first draft token that it refuses.
     pub(crate) masks: Option<Vec<MaskResult>>,
 }
 
@@ -88,7 +88,7 @@ impl LogitRows<'_> {
         result
     }
 
-    /// The token that follows `tokens`, or why there is none.
+    /// The token that follows `tokens`, or the reason to end without one.
     fn sample_after(
         &self,
         sampler: &mut Sampler,

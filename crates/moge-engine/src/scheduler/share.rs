@@ -1,19 +1,19 @@
-//! How a step's rows are shared among its sequences.
+//! Distribution of a step's rows among its sequences.
 
 use moge_model::{BLOCK_SIZE, BlockId, SequenceRows};
 
 use crate::sequence::Sequence;
 use crate::step::{ScheduledSequence, Step};
 
-/// What is left of a step while it is filled.
+/// Remaining capacity of a step while it is filled.
 pub(super) struct Budget {
     pub(super) rows: usize,
     pub(super) prompt_logit_rows: usize,
 }
 
-/// The rows that a running sequence gets in a step.
+/// One running sequence's rows in a step.
 pub(super) struct Share {
-    /// Of the sequence in `Scheduler::running`.
+    /// Index in `Scheduler::running`.
     pub(super) index: usize,
     /// Rows of its tokens.
     pub(super) num_rows: usize,
@@ -21,7 +21,7 @@ pub(super) struct Share {
 }
 
 impl Budget {
-    /// As many rows of the tokens of `sequence`, which has this index, as it needs and there are.
+    /// Take rows for the uncomputed tokens of `sequence` at `index`, as far as they last.
     pub(super) fn take(&mut self, index: usize, sequence: &Sequence) -> Share {
         let mut num_rows = sequence.num_uncomputed_tokens().min(self.rows);
         if sequence.wants_prompt_logits() {
@@ -34,7 +34,7 @@ impl Budget {
 }
 
 impl Share {
-    /// True if these are all rows that `sequence` needs, so that the next token can be sampled.
+    /// True if the share covers all uncomputed tokens of `sequence`, so that the next token can be sampled.
     pub(super) fn is_last_of(&self, sequence: &Sequence) -> bool {
         self.num_rows == sequence.num_uncomputed_tokens()
     }
