@@ -1,6 +1,5 @@
 //! The loop: schedule, forward, sample, postprocess.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use moge_model::{
@@ -8,13 +7,15 @@ use moge_model::{
     Tokenizer, Workspace,
 };
 
-use crate::logprobs::row_logprobs;
-use crate::masks::{MaskResult, Masks};
-use crate::sampler::{NoFiniteLogit, Sampler};
-use crate::{
-    AdmitError, EngineStats, ExpertLoad, FinishReason, Request, Sampled, Scheduler, SchedulerConfig, SeqId,
-    SequenceOutput, SequenceResult, Step,
-};
+use crate::error::AdmitError;
+use crate::masks::Masks;
+use crate::output::{SequenceOutput, SequenceResult};
+use crate::request::{Request, SeqId};
+use crate::sample::sample;
+use crate::sampler::Sampler;
+use crate::scheduler::{Scheduler, SchedulerConfig};
+use crate::stats::{EngineStats, ExpertLoad};
+use crate::step::Step;
 
 /// How much an engine takes on at a time.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +36,8 @@ pub struct EngineConfig {
     pub max_waiting: usize,
     /// Tokens that end a sequence: the union of what config, generation config and tokenizer name.
     pub eos_token_ids: Vec<TokenId>,
+    /// Draft tokens of a sequence that a step verifies at the most ([`Engine::set_draft`]); 0 without a drafter.
+    pub max_draft_tokens: usize,
 }
 
 impl EngineConfig {
@@ -58,6 +61,7 @@ impl EngineConfig {
             max_running: self.max_running,
             max_waiting: self.max_waiting,
             eos_token_ids: self.eos_token_ids.clone(),
+            max_draft_tokens: self.max_draft_tokens,
         }
     }
 }
@@ -65,7 +69,8 @@ impl EngineConfig {
 /// A model, its KV cache, and the requests it works on.
 pub struct Engine {
     model: Model,
-    cpu: Cpu,
+    /// Threads that the workspace has room for.
+    num_threads: usize,
     kv_cache: KvCache,
     workspace: Workspace,
     output: StepOutput,
@@ -76,11 +81,12 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Allocate KV cache and workspace for `model`. Without a tokenizer all text is empty and stop strings are refused.
+    /// Allocate KV cache and workspace for `model` and for steps on `cpu`. Without a tokenizer all text is empty and stop
+    /// strings are refused.
     ///
     /// # Panics
     /// As [`Scheduler::new`].
-    pub fn new(model: Model, cpu: Cpu, tokenizer: Option<Arc<Tokenizer>>, config: &EngineConfig) -> Engine {
+    pub fn new(model: Model, cpu: &Cpu, tokenizer: Option<Arc<Tokenizer>>, config: &EngineConfig) -> Engine {
         let limits = config.step_limits(model.config(), cpu.num_threads());
         Engine {
             kv_cache: KvCache::new(model.config(), config.kv, config.num_blocks),
@@ -90,8 +96,8 @@ impl Engine {
             sampler: Sampler::default(),
             expert_load: ExpertLoad::new(model.config()),
             masks: Masks::default(),
+            num_threads: limits.num_threads,
             model,
-            cpu,
         }
     }
 
@@ -109,19 +115,35 @@ impl Engine {
         self.scheduler.add_request(request)
     }
 
-    /// Compute one batch and tell what is new, one entry for each sequence that had a part in it. Empty if there is
-    /// nothing to do.
-    pub fn step(&mut self) -> Vec<SequenceOutput> {
+    /// Compute one batch on `cpu` and tell what is new, one entry for each sequence that had a part in it. Empty if there
+    /// is nothing to do. Whoever else computes between two steps may use the same threads: a trainer, another engine.
+    ///
+    /// # Panics
+    /// If `cpu` has more threads than the one the engine was made for.
+    pub fn step(&mut self, cpu: &Cpu) -> Vec<SequenceOutput> {
+        assert!(cpu.num_threads() <= self.num_threads, "more threads than the engine was made for");
         let Some(step) = self.scheduler.schedule() else { return Vec::new() };
-        self.masks.start(&mut self.scheduler, &step);
-        self.model.forward(&self.cpu, &step.batch, &mut self.kv_cache, &mut self.workspace, &mut self.output);
-        let masks = self.masks.finish(&mut self.scheduler);
-        let mut results = sample(&mut self.sampler, &self.scheduler, &step, &self.output.logits, masks);
+        self.masks.start(self.scheduler.take_grammars(&step));
+        self.model.forward(cpu, &step.batch, &mut self.kv_cache, &mut self.workspace, &mut self.output);
+        let masks = self.scheduler.return_grammars(self.masks.finish());
+        let rows = self.scheduler.logit_rows(&step, masks);
+        let vocab_size = self.model.config().vocab_size;
+        let mut results = sample(&mut self.sampler, &rows, &self.output.logits, vocab_size);
         if let Some(load) = &mut self.expert_load {
             load.add(&self.output.rows_per_expert);
             add_expert_ids(&mut results, &step, &self.output.expert_ids, load);
         }
         self.scheduler.postprocess(&step, results)
+    }
+
+    /// As [`Scheduler::set_draft`].
+    pub fn set_draft(&mut self, id: SeqId, draft: Vec<TokenId>) {
+        self.scheduler.set_draft(id, draft);
+    }
+
+    /// As [`Scheduler::clear_prefix_cache`].
+    pub fn clear_prefix_cache(&mut self) {
+        self.scheduler.clear_prefix_cache();
     }
 
     /// End a sequence now and free its blocks. Returns its last output, `None` if it has ended before.
@@ -155,47 +177,6 @@ impl Engine {
     }
 }
 
-/// Turn the logits of `step`, `[num_logit_rows, vocab_size]`, into log-probabilities of prompt tokens and new tokens.
-/// `masks` has one for each sequence with a grammar that samples.
-///
-/// # Panics
-/// If `logits` has another length.
-pub(crate) fn sample(
-    sampler: &mut Sampler,
-    scheduler: &Scheduler,
-    step: &Step,
-    logits: &[f32],
-    mut masks: BTreeMap<SeqId, MaskResult>,
-) -> Vec<SequenceResult> {
-    assert_eq!(logits.len(), step.batch.logit_rows.len() * scheduler.vocab_size());
-    let mut logits = logits.chunks_exact(scheduler.vocab_size());
-    let scheduled = step.sequences.iter().zip(&step.batch.sequences);
-    scheduled
-        .map(|(scheduled, rows)| {
-            let sequence = scheduler.running(scheduled.id);
-            // The logits of a prompt token's row belong to the token after it.
-            let following = sequence.tokens[rows.first_position + 1..].iter();
-            let num_prompt_rows = scheduled.num_logit_rows - usize::from(scheduled.samples);
-            let num_alternatives = sequence.sampling.prompt_logprobs.unwrap_or(0);
-            let prompt_logprobs = logits
-                .by_ref()
-                .take(num_prompt_rows)
-                .zip(following)
-                .map(|(row, &token)| row_logprobs(row, token, num_alternatives))
-                .collect();
-            let sampled = scheduled.samples.then(|| logits.next()).flatten().map(|row| {
-                let allowed = masks.remove(&scheduled.id).map(|mask| sequence.allowed_tokens(mask)).transpose()?;
-                let token = sampler
-                    .sample(row, &sequence.sampling, &sequence.history(allowed.as_deref()))
-                    .map_err(|NoFiniteLogit| FinishReason::NoFiniteLogit)?;
-                let logprobs = sequence.sampling.logprobs.map(|n| row_logprobs(row, token, n));
-                Ok(Sampled { token, logprobs })
-            });
-            SequenceResult { prompt_logprobs, sampled, expert_ids: Vec::new() }
-        })
-        .collect()
-}
-
 /// Give each sequence the experts of its rows that are wanted. `expert_ids`
 /// `[routed layer, num_route_rows, experts_per_token]` are those of `step`.
 fn add_expert_ids(results: &mut [SequenceResult], step: &Step, expert_ids: &[ExpertId], load: &ExpertLoad) {
@@ -216,6 +197,3 @@ fn add_expert_ids(results: &mut [SequenceResult], step: &Step, expert_ids: &[Exp
         }
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -137,7 +137,7 @@ impl GrammarCompiler {
         match receiver.recv_timeout(MAX_COMPILE_TIME.saturating_sub(start.elapsed())) {
             Ok(Ok(matcher)) => {
                 let (samplable, vocab_size) = (self.samplable.clone(), self.vocab_size);
-                Ok(Grammar { matcher, last_token: None, samplable, vocab_size })
+                Ok(Grammar { matcher, unseen: Vec::new(), samplable, vocab_size })
             }
             Ok(Err(problem)) => Err(GrammarError::Invalid { problem }),
             Err(RecvTimeoutError::Timeout) => Err(GrammarError::TooSlow),
@@ -149,8 +149,8 @@ impl GrammarCompiler {
 /// A grammar and how far an answer has come in it. Each request has its own; a clone shares nothing with the original.
 pub struct Grammar {
     matcher: Box<Matcher>,
-    /// A token that the matcher has not seen yet.
-    last_token: Option<TokenId>,
+    /// Tokens of the answer that the matcher has not seen yet.
+    unseen: Vec<TokenId>,
     /// A bit for each id that has a token which is part of an answer.
     samplable: Arc<[u32]>,
     vocab_size: usize,
@@ -159,7 +159,7 @@ pub struct Grammar {
 impl Clone for Grammar {
     fn clone(&self) -> Grammar {
         let matcher = Box::new(self.matcher.deep_clone());
-        Grammar { matcher, samplable: self.samplable.clone(), ..*self }
+        Grammar { matcher, unseen: self.unseen.clone(), samplable: self.samplable.clone(), vocab_size: self.vocab_size }
     }
 }
 
@@ -182,6 +182,15 @@ pub(crate) struct TokenMask {
     pub(crate) may_end: bool,
 }
 
+impl TokenMask {
+    fn allows(&self, token: TokenId) -> bool {
+        self.words.get(token.0 as usize / 32).is_some_and(|word| word >> (token.0 % 32) & 1 == 1)
+    }
+}
+
+/// What a grammar allows next.
+pub(crate) type MaskResult = Result<TokenMask, GrammarFailed>;
+
 impl Grammar {
     /// Entries of the vocabulary that it was made for.
     pub(crate) fn vocab_size(&self) -> usize {
@@ -190,12 +199,36 @@ impl Grammar {
 
     /// Go on by a token of the last mask. It is looked at with the next mask.
     pub(crate) fn push(&mut self, token: TokenId) {
-        self.last_token = Some(token);
+        self.unseen.push(token);
+    }
+
+    /// What may come next, and what after each token of `draft`, up to the first one that is not allowed or after which
+    /// the grammar fails. The grammar itself stays where it is.
+    pub(crate) fn next_masks(&mut self, draft: &[TokenId]) -> Vec<MaskResult> {
+        let mut masks = vec![self.next_mask()];
+        if draft.is_empty() || masks[0].is_err() {
+            return masks;
+        }
+        // The original goes ahead, as it is the one that the caller can cancel; the copy takes its place afterwards.
+        let here = Box::new(self.matcher.deep_clone());
+        for &token in draft {
+            if !matches!(masks.last(), Some(Ok(mask)) if mask.allows(token)) {
+                break;
+            }
+            self.push(token);
+            match self.next_mask() {
+                Ok(mask) => masks.push(Ok(mask)),
+                Err(GrammarFailed) => break,
+            }
+        }
+        self.matcher = here;
+        self.unseen.clear();
+        masks
     }
 
     /// What may come next: the work of a millisecond or so for most grammars, and of much more for some.
-    pub(crate) fn next_mask(&mut self) -> Result<TokenMask, GrammarFailed> {
-        if let Some(token) = self.last_token.take() {
+    pub(crate) fn next_mask(&mut self) -> MaskResult {
+        for token in self.unseen.drain(..) {
             self.matcher.consume_token(token.0).map_err(|_| GrammarFailed)?;
         }
         match self.matcher.stop_reason() {

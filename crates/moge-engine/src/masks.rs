@@ -1,20 +1,33 @@
 //! Masks of tokens, computed beside the forward pass.
 
-use std::collections::BTreeMap;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use llguidance::CancellationHandle;
+use moge_model::TokenId;
 
-use crate::grammar::{GrammarFailed, TokenMask};
-use crate::{Grammar, Scheduler, SeqId, Step};
+use crate::grammar::{Grammar, GrammarFailed, MaskResult};
+use crate::request::SeqId;
 
-/// Longest that a step waits for one mask: other sequences wait with it. Nearly all take a millisecond, and have the
-/// forward pass for it.
+/// Longest that a step waits for the masks of one sequence: other sequences wait with it. Nearly all take a millisecond,
+/// and have the forward pass for it.
 const MAX_MASK_TIME: Duration = Duration::from_millis(500);
 
-/// What a grammar allows next.
-pub(crate) type MaskResult = Result<TokenMask, GrammarFailed>;
+/// The grammar of a sequence that is going to be sampled, and the draft tokens that have rows in the step.
+pub(crate) struct MaskJob {
+    pub(crate) id: SeqId,
+    pub(crate) grammar: Grammar,
+    pub(crate) draft: Vec<TokenId>,
+}
+
+/// What became of a job.
+pub(crate) struct Masked {
+    pub(crate) id: SeqId,
+    /// `None` if it is lost.
+    pub(crate) grammar: Option<Grammar>,
+    /// At least one, as [`Grammar::next_masks`] gives them.
+    pub(crate) masks: Vec<MaskResult>,
+}
 
 /// Computes the masks of a step on a thread of its own, which starts with the first grammar. Between steps every
 /// grammar is with its sequence, so nothing that happens to a sequence there needs to know of the thread.
@@ -27,56 +40,48 @@ pub(crate) struct Masks {
 
 /// Ends when its jobs do.
 struct MaskThread {
-    jobs: mpsc::Sender<Grammar>,
-    results: mpsc::Receiver<(Grammar, MaskResult)>,
+    jobs: mpsc::Sender<MaskJob>,
+    results: mpsc::Receiver<Masked>,
 }
 
 impl Masks {
-    /// Begin with the masks for the tokens that `step` will sample.
-    pub(crate) fn start(&mut self, scheduler: &mut Scheduler, step: &Step) {
-        for scheduled in step.sequences.iter().filter(|scheduled| scheduled.samples) {
-            if let Some(grammar) = scheduler.running_mut(scheduled.id).grammar.take() {
-                self.pending.push((scheduled.id, grammar.cancellation()));
-                if self.thread.is_none() {
-                    self.thread = MaskThread::spawn();
-                }
-                if let Some(thread) = &self.thread {
-                    // Whether it is gone shows when its result does not come.
-                    let _ = thread.jobs.send(grammar);
-                }
+    /// Begin with the masks of a step.
+    pub(crate) fn start(&mut self, jobs: Vec<MaskJob>) {
+        for job in jobs {
+            self.pending.push((job.id, job.grammar.cancellation()));
+            if self.thread.is_none() {
+                self.thread = MaskThread::spawn();
+            }
+            if let Some(thread) = &self.thread {
+                // Whether it is gone shows when its result does not come.
+                let _ = thread.jobs.send(job);
             }
         }
     }
 
-    /// Wait for them, and give every sequence its grammar back. A sequence whose grammar is lost has a failed mask.
-    pub(crate) fn finish(&mut self, scheduler: &mut Scheduler) -> BTreeMap<SeqId, MaskResult> {
-        let mut masks = BTreeMap::new();
+    /// Wait for them; one result for each job, in their order. A lost grammar has a failed mask.
+    pub(crate) fn finish(&mut self) -> Vec<Masked> {
+        let mut results = Vec::with_capacity(self.pending.len());
         for (id, cancellation) in self.pending.drain(..) {
-            let mask = match self.thread.as_ref().and_then(|thread| thread.result(cancellation.as_ref())) {
-                Some((grammar, mask)) => {
-                    scheduler.running_mut(id).grammar = Some(grammar);
-                    mask
-                }
-                None => {
-                    self.thread = None;
-                    Err(GrammarFailed)
-                }
-            };
-            masks.insert(id, mask);
+            let result = self.thread.as_ref().and_then(|thread| thread.result(cancellation.as_ref()));
+            if result.is_none() {
+                self.thread = None;
+            }
+            results.push(result.unwrap_or_else(|| Masked { id, grammar: None, masks: vec![Err(GrammarFailed)] }));
         }
-        masks
+        results
     }
 }
 
 impl MaskThread {
     /// `None` if the system has no thread to give.
     fn spawn() -> Option<MaskThread> {
-        let (jobs, jobs_receiver) = mpsc::channel::<Grammar>();
+        let (jobs, jobs_receiver) = mpsc::channel::<MaskJob>();
         let (results_sender, results) = mpsc::channel();
         let work = move || {
-            for mut grammar in jobs_receiver {
-                let mask = grammar.next_mask();
-                if results_sender.send((grammar, mask)).is_err() {
+            for MaskJob { id, mut grammar, draft } in jobs_receiver {
+                let masks = grammar.next_masks(&draft);
+                if results_sender.send(Masked { id, grammar: Some(grammar), masks }).is_err() {
                     break;
                 }
             }
@@ -86,7 +91,7 @@ impl MaskThread {
     }
 
     /// Wait for the next result, though not for long. `None` if the thread is gone.
-    fn result(&self, cancellation: Option<&CancellationHandle>) -> Option<(Grammar, MaskResult)> {
+    fn result(&self, cancellation: Option<&CancellationHandle>) -> Option<Masked> {
         match self.results.recv_timeout(MAX_MASK_TIME) {
             Err(RecvTimeoutError::Timeout) => {
                 cancellation.inspect(|cancellation| cancellation.cancel());

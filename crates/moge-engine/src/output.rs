@@ -3,7 +3,8 @@
 use moge_model::TokenId;
 use serde::Serialize;
 
-use crate::{RowLogprobs, SeqId};
+use crate::logprobs::RowLogprobs;
+use crate::request::SeqId;
 
 /// Why a sequence ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -37,9 +38,12 @@ pub struct Sampled {
 pub struct SequenceResult {
     /// For each row that has a next token in the prompt: what the model thought of that token. Empty if not asked for.
     pub prompt_logprobs: Vec<RowLogprobs>,
-    /// The new token, or why the sequence ends without one; `None` if part of the prompt is still to be computed.
-    pub sampled: Option<Result<Sampled, FinishReason>>,
-    /// As in [`SequenceOutput`].
+    /// New tokens: those of the draft that were accepted, and one more unless the sequence ends without it. Empty if a
+    /// part of the sequence is still to be computed.
+    pub sampled: Vec<Sampled>,
+    /// Why the sequence ends after `sampled` without another token, if it does.
+    pub end: Option<FinishReason>,
+    /// As in [`SequenceOutput`], of all rows whose experts are wanted, also those of rejected draft tokens.
     pub expert_ids: Vec<u8>,
 }
 
@@ -52,10 +56,12 @@ pub struct SequenceOutput {
     pub num_prefilled_tokens: usize,
     /// Prompt tokens that were in the KV cache already, for another sequence that began alike.
     pub num_cached_tokens: usize,
-    /// The new token, stop tokens included.
-    pub sampled: Option<Sampled>,
+    /// New tokens, a stop token among them. More than one only if the sequence had a draft.
+    pub sampled: Vec<Sampled>,
     /// Text that is now certain. What could be the beginning of a stop string or is part of a character is held back.
     pub text: String,
+    /// Bytes of `text` that were certain after each of `sampled`. Only an end without a token leaves text after the last.
+    pub(crate) text_ends: Vec<usize>,
     /// Set in the last output of a sequence.
     pub finish_reason: Option<FinishReason>,
     /// One entry for each prompt token, in the output of the step that completes the prompt, if asked for. The first
@@ -66,4 +72,17 @@ pub struct SequenceOutput {
     /// Empty if not asked for. All outputs of a sequence together cover its prompt and what was sampled but for the
     /// last sampled token, which nobody computes.
     pub expert_ids: Vec<u8>,
+}
+
+impl SequenceOutput {
+    /// The text that became certain with each of the new tokens.
+    pub fn token_texts(&self) -> impl Iterator<Item = &str> {
+        let starts = std::iter::once(0).chain(self.text_ends.iter().copied());
+        starts.zip(&self.text_ends).map(|(start, &end)| &self.text[start..end])
+    }
+
+    /// The text that an end without a token released.
+    pub fn last_text(&self) -> &str {
+        &self.text[self.text_ends.last().copied().unwrap_or(0)..]
+    }
 }

@@ -9,8 +9,8 @@ use std::collections::BinaryHeap;
 
 use moge_model::TokenId;
 
-use crate::SamplingParams;
 use crate::candidate::{Candidate, candidates, clean_logit, most_likely};
+use crate::sampling_params::SamplingParams;
 
 /// Every logit of the row was NaN or `-inf`: there is no token to sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

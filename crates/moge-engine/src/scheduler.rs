@@ -1,20 +1,28 @@
 //! Which rows the next step computes, and what its results mean for the sequences. Needs no model.
 //!
 //! First come, first served. A step holds one row for every sequence in decode, then chunks of prefill in order of
-//! arrival while the budget lasts. A sequence is admitted when blocks for its tokens are free, and one more for each
+//! arrival while the budget lasts, and what is left verifies drafts. A sequence is admitted when blocks for its tokens are free, and one more for each
 //! that runs and may grow past those it has; it takes further ones as it grows. Where none is left, the youngest is
 //! preempted: it gives its blocks back, waits before all others, and computes its tokens again, which gives the same
 //! ones. Prompts that begin alike share blocks.
 
-use std::collections::VecDeque;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use moge_model::{BLOCK_SIZE, Batch, BlockId, SequenceRows, TokenId, Tokenizer};
+use moge_model::{BLOCK_SIZE, BlockId, SequenceRows, TokenId, Tokenizer};
 
 use crate::block_manager::{BlockManager, PrefixId};
-use crate::sequence::Sequence;
+use crate::error::AdmitError;
+use crate::grammar::MaskResult;
+use crate::masks::{MaskJob, Masked};
+use crate::output::{SequenceOutput, SequenceResult};
+use crate::request::{Request, SeqId};
+use crate::sample::LogitRows;
+use crate::sequence::{Phase, Sequence};
+use crate::stats::EngineStats;
+use crate::step::{ScheduledSequence, Step};
 use crate::text::TextStream;
-use crate::{AdmitError, EngineStats, Request, SeqId, SequenceOutput, SequenceResult};
 
 /// Rows of a step that may want logits for `prompt_logprobs`, over all sequences. Enough for a step to share the
 /// reading of the weights among many rows, while the logits of a vocabulary of 153 376 take no more than 39 MB.
@@ -38,37 +46,17 @@ pub struct SchedulerConfig {
     pub max_waiting: usize,
     /// Tokens that end a sequence unless its request ignores them. Those outside the vocabulary never come.
     pub eos_token_ids: Vec<TokenId>,
+    /// Draft tokens of a sequence that a step verifies at the most; 0 without a drafter. Each may take a row of logits.
+    pub max_draft_tokens: usize,
 }
 
 impl SchedulerConfig {
-    /// Most rows of a step that want logits: one for each running sequence, and prompt rows for `prompt_logprobs`.
+    /// Most rows of a step that want logits: those to sample from for each running sequence, and prompt rows for
+    /// `prompt_logprobs`.
     pub fn max_logit_rows(&self) -> usize {
-        self.max_batched_tokens.min(self.max_running.saturating_add(MAX_PROMPT_LOGIT_ROWS))
+        let max_sample_rows = self.max_running.saturating_mul(self.max_draft_tokens.saturating_add(1));
+        self.max_batched_tokens.min(max_sample_rows.saturating_add(MAX_PROMPT_LOGIT_ROWS))
     }
-}
-
-/// One step's work.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Step {
-    /// What the model computes.
-    pub batch: Batch,
-    /// Whose rows these are, parallel to `batch.sequences`.
-    pub sequences: Vec<ScheduledSequence>,
-    /// Sequences that had to give their blocks to older ones before this step.
-    pub preempted: Vec<SeqId>,
-}
-
-/// One sequence's share of a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ScheduledSequence {
-    /// Which sequence.
-    pub id: SeqId,
-    /// How many of its rows want logits. They are its last rows.
-    pub num_logit_rows: usize,
-    /// Of how many of its rows the experts are wanted. They are its last rows.
-    pub num_route_rows: usize,
-    /// True if a token is to be sampled from its last row.
-    pub samples: bool,
 }
 
 /// Waiting and running sequences, and the blocks that the running ones hold.
@@ -89,6 +77,15 @@ pub struct Scheduler {
 struct Budget {
     rows: usize,
     prompt_logit_rows: usize,
+}
+
+/// The rows that a running sequence gets in a step.
+struct Share {
+    /// Of the sequence in [`Scheduler::running`].
+    index: usize,
+    /// Rows of its tokens.
+    num_rows: usize,
+    num_draft_rows: usize,
 }
 
 impl Scheduler {
@@ -148,15 +145,27 @@ impl Scheduler {
             max_tokens,
             stop_token_ids: [&sampling.stop_token_ids, eos_token_ids].concat(),
             block_table: Vec::new(),
-            offered: PrefixId::default(),
-            num_offered_blocks: 0,
+            published: Some(PrefixId::default()),
+            num_published_blocks: 0,
             text: self.tokenizer.clone().map(|tokenizer| TextStream::new(tokenizer, &prompt, &sampling.stop)),
             prompt_logprobs: sampling.prompt_logprobs.map(|_| vec![None]),
             tokens: prompt,
+            draft: Vec::new(),
+            phase: Phase::Prefill,
             sampling,
             grammar,
         });
         Ok(id)
+    }
+
+    /// Propose tokens to follow the last one of a sequence, in place of those proposed before: what a drafter calls
+    /// between two steps. The step that samples next verifies as many as there is room for, and takes those that it would
+    /// have sampled anyway; it forgets the rest. A sequence that has ended has no use for them.
+    pub fn set_draft(&mut self, id: SeqId, mut draft: Vec<TokenId>) {
+        let Some(sequence) = self.running.iter_mut().chain(&mut self.waiting).find(|s| s.id == id) else { return };
+        let in_vocabulary = draft.iter().take_while(|token| (token.0 as usize) < self.config.vocab_size).count();
+        draft.truncate(in_vocabulary.min(self.config.max_draft_tokens));
+        sequence.draft = draft;
     }
 
     /// Choose the rows of the next step; `None` if there is nothing to do. Its results go to
@@ -164,14 +173,23 @@ impl Scheduler {
     pub fn schedule(&mut self) -> Option<Step> {
         let mut step = Step { preempted: self.make_room(), ..Step::default() };
         let mut budget = Budget { rows: self.config.max_batched_tokens, prompt_logit_rows: MAX_PROMPT_LOGIT_ROWS };
-        let (prefills, decodes): (Vec<&Sequence>, Vec<&Sequence>) = self.running.iter().partition(|s| s.is_prefill());
-        for sequence in decodes.into_iter().chain(prefills) {
-            step.push(sequence, &mut budget);
-        }
+        let is_decode = |index: &usize| self.running[*index].phase == Phase::Decode;
+        let (decodes, prefills): (Vec<usize>, Vec<usize>) = (0..self.running.len()).partition(is_decode);
+        let in_order = decodes.into_iter().chain(prefills);
+        let mut shares: Vec<Share> = in_order.map(|index| budget.take(index, &self.running[index])).collect();
         while budget.rows > 0
-            && let Some(sequence) = self.start_next()
+            && let Some(index) = self.start_next()
         {
-            step.push(sequence, &mut budget);
+            shares.push(budget.take(index, &self.running[index]));
+        }
+        shares.retain(|share| share.num_rows > 0);
+        // Last, so that no draft keeps a token waiting.
+        for share in &mut shares {
+            share.num_draft_rows = self.num_draft_rows(share, budget.rows);
+            budget.rows -= share.num_draft_rows;
+        }
+        for share in shares {
+            push(&mut step, &self.running[share.index], &share);
         }
         (!step.sequences.is_empty()).then_some(step)
     }
@@ -184,16 +202,80 @@ impl Scheduler {
         assert_eq!(results.len(), step.sequences.len(), "one result per sequence");
         let mut outputs = Vec::with_capacity(results.len());
         for ((scheduled, rows), result) in step.sequences.iter().zip(&step.batch.sequences).zip(results) {
-            assert_eq!(result.sampled.is_some(), scheduled.samples, "sequence {}", scheduled.id);
+            let num_used_rows = result.sampled.len() + usize::from(result.end.is_some());
+            let allowed = scheduled.num_sample_rows.min(1)..=scheduled.num_sample_rows;
+            assert!(allowed.contains(&num_used_rows), "sequence {}: results of {num_used_rows} rows", scheduled.id);
             let index = self.running_index(scheduled.id);
-            let output = self.running[index].advance(rows.num_rows, result);
-            self.offer_blocks(index);
+            let output = self.running[index].advance(scheduled, rows.num_rows, result);
+            self.publish_blocks(index);
             if output.finish_reason.is_some() {
                 self.block_manager.free(self.running.remove(index).block_table);
+            } else {
+                self.block_manager.free(self.running[index].take_surplus_blocks());
             }
             outputs.push(output);
         }
         outputs
+    }
+
+    /// The grammars of the sequences that `step` will sample. They come back with [`Scheduler::return_grammars`].
+    pub(crate) fn take_grammars(&mut self, step: &Step) -> Vec<MaskJob> {
+        let mut jobs = Vec::new();
+        for scheduled in step.sequences.iter().filter(|scheduled| scheduled.num_sample_rows > 0) {
+            let index = self.running_index(scheduled.id);
+            let sequence = &mut self.running[index];
+            let draft = || sequence.draft[..scheduled.num_draft_rows()].to_vec();
+            jobs.extend(sequence.grammar.take().map(|grammar| MaskJob { id: scheduled.id, grammar, draft: draft() }));
+        }
+        jobs
+    }
+
+    /// Give every sequence its grammar back; returns their masks.
+    pub(crate) fn return_grammars(&mut self, masked: Vec<Masked>) -> BTreeMap<SeqId, Vec<MaskResult>> {
+        let mut all = BTreeMap::new();
+        for Masked { id, grammar, masks } in masked {
+            let index = self.running_index(id);
+            self.running[index].grammar = grammar;
+            all.insert(id, masks);
+        }
+        all
+    }
+
+    /// What sampling from the rows of `step` needs to know; `masks` are those of the sequences with a grammar.
+    pub(crate) fn logit_rows<'a>(
+        &'a self,
+        step: &Step,
+        mut masks: BTreeMap<SeqId, Vec<MaskResult>>,
+    ) -> Vec<LogitRows<'a>> {
+        let mut all = Vec::with_capacity(step.sequences.len());
+        for (scheduled, rows) in step.sequences.iter().zip(&step.batch.sequences) {
+            let sequence = &self.running[self.running_index(scheduled.id)];
+            let draft = &sequence.draft[..scheduled.num_draft_rows()];
+            let tokens = if draft.is_empty() {
+                Cow::Borrowed(&*sequence.tokens)
+            } else {
+                Cow::Owned([&sequence.tokens, draft].concat())
+            };
+            let num_logit_rows = scheduled.num_prompt_logit_rows + scheduled.num_sample_rows;
+            all.push(LogitRows {
+                params: &sequence.sampling,
+                tokens,
+                num_prompt_tokens: sequence.num_prompt_tokens,
+                first_position: rows.first_position + rows.num_rows - num_logit_rows,
+                num_prompt_logit_rows: scheduled.num_prompt_logit_rows,
+                num_sample_rows: scheduled.num_sample_rows,
+                stop_token_ids: &sequence.stop_token_ids,
+                masks: masks.remove(&scheduled.id),
+            });
+        }
+        all
+    }
+
+    /// Forget what the prefix cache holds: what to do after the weights have changed. Sequences that run go on with the
+    /// keys and values that they have, and no other sequence finds those.
+    pub fn clear_prefix_cache(&mut self) {
+        self.block_manager.clear_cache();
+        self.running.iter_mut().for_each(|sequence| sequence.published = None);
     }
 
     /// End a sequence now and free its blocks. Returns its last output, `None` if it has ended before.
@@ -255,32 +337,12 @@ impl Scheduler {
             let num_blocks = sequence.block_table.len();
             assert!(sequence.num_computed_tokens.div_ceil(BLOCK_SIZE) <= num_blocks);
             assert!(num_blocks <= sequence.num_needed_blocks());
-            assert_eq!(sequence.num_offered_blocks, sequence.num_computed_tokens / BLOCK_SIZE);
+            let num_full_blocks = sequence.num_computed_tokens / BLOCK_SIZE;
+            assert!(sequence.published.is_none() || sequence.num_published_blocks == num_full_blocks);
             assert!(sequence.num_uncomputed_tokens() > 0);
             assert!(sequence.tokens.len() < sequence.max_total_tokens());
         }
         assert!(self.waiting.iter().all(|s| s.block_table.is_empty() && s.num_computed_tokens == 0));
-    }
-
-    pub(crate) fn vocab_size(&self) -> usize {
-        self.config.vocab_size
-    }
-
-    /// A running sequence.
-    ///
-    /// # Panics
-    /// If it does not run.
-    pub(crate) fn running(&self, id: SeqId) -> &Sequence {
-        &self.running[self.running_index(id)]
-    }
-
-    /// As [`Scheduler::running`].
-    ///
-    /// # Panics
-    /// If it does not run.
-    pub(crate) fn running_mut(&mut self, id: SeqId) -> &mut Sequence {
-        let index = self.running_index(id);
-        &mut self.running[index]
     }
 
     fn running_index(&self, id: SeqId) -> usize {
@@ -314,17 +376,22 @@ impl Scheduler {
         preempted
     }
 
-    /// Give the request that waits longest its blocks, unless it has to wait on. Nobody overtakes it, so that a large
-    /// request is not starved by small ones.
-    fn start_next(&mut self) -> Option<&Sequence> {
+    /// Give the request that waits longest its blocks, unless it has to wait on; its index among the running ones. Nobody
+    /// overtakes it, so that a large request is not starved by small ones. It waits for a block that it would compute
+    /// beside another sequence: of answers to one prompt the first computes it, the others start when it is there.
+    fn start_next(&mut self) -> Option<usize> {
         if self.running.len() >= self.max_running() {
             return None;
         }
         let sequence = self.waiting.front()?;
         let reusable = &sequence.tokens[..sequence.num_reusable_tokens()];
-        let (mut block_table, offered) = self.block_manager.hold_prefix(reusable);
-        let num_offered_blocks = block_table.len();
-        let num_missing = sequence.num_needed_blocks() - num_offered_blocks;
+        let (mut block_table, published) = self.block_manager.hold_prefix(reusable);
+        let num_published_blocks = block_table.len();
+        if self.is_being_computed(reusable, num_published_blocks) {
+            self.block_manager.free(block_table);
+            return None;
+        }
+        let num_missing = sequence.num_needed_blocks() - num_published_blocks;
         // Room for those that run to grow, so that they do not preempt it at once.
         let num_growing = self.running.iter().filter(|s| s.may_need_more_blocks()).count();
         if num_missing + num_growing > self.block_manager.num_free_blocks() {
@@ -333,7 +400,7 @@ impl Scheduler {
         }
         block_table.extend(self.block_manager.allocate(num_missing)?);
         let mut sequence = self.waiting.pop_front()?;
-        sequence.num_computed_tokens = num_offered_blocks * BLOCK_SIZE;
+        sequence.num_computed_tokens = num_published_blocks * BLOCK_SIZE;
         if sequence.num_cached_tokens.is_none() {
             sequence.num_cached_tokens = Some(sequence.num_computed_tokens);
             self.num_prompt_tokens_cached += sequence.num_computed_tokens as u64;
@@ -341,18 +408,43 @@ impl Scheduler {
                 self.num_prompt_tokens_looked_up += sequence.num_prompt_tokens as u64;
             }
         }
-        self.running.push(Sequence { block_table, offered, num_offered_blocks, ..sequence });
-        self.running.last()
+        self.running.push(Sequence { block_table, published: Some(published), num_published_blocks, ..sequence });
+        Some(self.running.len() - 1)
+    }
+
+    /// Draft tokens that the step verifies for the sequence of `share`: as many as rows and free blocks are left for. They
+    /// take no block from another sequence.
+    fn num_draft_rows(&mut self, share: &Share, rows_left: usize) -> usize {
+        let sequence = &mut self.running[share.index];
+        if !share.is_last_of(sequence) {
+            return 0;
+        }
+        let num_wanted = sequence.num_useful_draft_tokens().min(rows_left);
+        let num_tokens = sequence.tokens.len();
+        let num_missing = (num_tokens + num_wanted).div_ceil(BLOCK_SIZE).saturating_sub(sequence.block_table.len());
+        let num_blocks = num_missing.min(self.block_manager.num_free_blocks());
+        sequence.block_table.extend(self.block_manager.allocate(num_blocks).unwrap_or_default());
+        num_wanted.min(sequence.block_table.len() * BLOCK_SIZE - num_tokens)
+    }
+
+    /// True if a running sequence computes the block of `tokens` that comes after the first `num_blocks`.
+    fn is_being_computed(&self, tokens: &[TokenId], num_blocks: usize) -> bool {
+        let Some(wanted) = tokens.get(..(num_blocks + 1) * BLOCK_SIZE) else { return false };
+        // Prompts with log-probabilities have few rows in a step: they are not worth waiting for.
+        let publishes = |s: &&Sequence| s.phase == Phase::Prefill && s.published.is_some() && !s.wants_prompt_logits();
+        self.running.iter().filter(publishes).any(|s| s.tokens.starts_with(wanted))
     }
 
     /// Let others find the blocks of a running sequence that are full by now.
-    fn offer_blocks(&mut self, index: usize) {
+    fn publish_blocks(&mut self, index: usize) {
         let sequence = &mut self.running[index];
+        let Some(mut published) = sequence.published else { return };
         let (blocks, _) = sequence.tokens[..sequence.num_computed_tokens].as_chunks();
-        for (&block, &tokens) in sequence.block_table.iter().zip(blocks).skip(sequence.num_offered_blocks) {
-            sequence.offered = self.block_manager.offer(block, sequence.offered, tokens);
-            sequence.num_offered_blocks += 1;
+        for (&block, &tokens) in sequence.block_table.iter().zip(blocks).skip(sequence.num_published_blocks) {
+            published = self.block_manager.publish(block, published, tokens);
+            sequence.num_published_blocks += 1;
         }
+        sequence.published = Some(published);
     }
 
     /// How many tokens may follow a prompt: as many as asked for, but not past the end of the context. With nothing
@@ -370,33 +462,46 @@ impl Scheduler {
     }
 }
 
-impl Step {
-    /// Add as many rows of `sequence` as it needs and `budget` allows.
-    fn push(&mut self, sequence: &Sequence, budget: &mut Budget) {
-        let wants_prompt_logits = sequence.wants_prompt_logits();
-        let mut num_rows = sequence.num_uncomputed_tokens().min(budget.rows);
-        if wants_prompt_logits {
-            num_rows = num_rows.min(budget.prompt_logit_rows);
-            budget.prompt_logit_rows -= num_rows;
+impl Budget {
+    /// As many rows of the tokens of `sequence`, which has this index, as it needs and there are.
+    fn take(&mut self, index: usize, sequence: &Sequence) -> Share {
+        let mut num_rows = sequence.num_uncomputed_tokens().min(self.rows);
+        if sequence.wants_prompt_logits() {
+            num_rows = num_rows.min(self.prompt_logit_rows);
+            self.prompt_logit_rows -= num_rows;
         }
-        budget.rows -= num_rows;
-        if num_rows == 0 {
-            return;
-        }
-        let first_position = sequence.num_computed_tokens;
-        let end = first_position + num_rows;
-        let samples = end == sequence.tokens.len();
-        let num_logit_rows = if wants_prompt_logits { num_rows } else { usize::from(samples) };
-        self.batch.tokens.extend(&sequence.tokens[first_position..end]);
-        let end_row = self.batch.tokens.len() as u32; // at most max_batched_tokens rows, see `Scheduler::new`
-        self.batch.logit_rows.extend(end_row - num_logit_rows as u32..end_row);
-        let num_route_rows =
-            if sequence.sampling.return_expert_ids { end.saturating_sub(sequence.num_ever_computed_tokens) } else { 0 };
-        self.batch.route_rows.extend(end_row - num_route_rows as u32..end_row);
-        let block_table: Vec<BlockId> = sequence.block_table[..end.div_ceil(BLOCK_SIZE)].to_vec();
-        self.batch.sequences.push(SequenceRows { num_rows, first_position, block_table });
-        self.sequences.push(ScheduledSequence { id: sequence.id, num_logit_rows, num_route_rows, samples });
+        self.rows -= num_rows;
+        Share { index, num_rows, num_draft_rows: 0 }
     }
+}
+
+impl Share {
+    /// True if these are all rows that `sequence` needs, so that the next token can be sampled.
+    fn is_last_of(&self, sequence: &Sequence) -> bool {
+        self.num_rows == sequence.num_uncomputed_tokens()
+    }
+}
+
+/// Add the rows of a sequence.
+fn push(step: &mut Step, sequence: &Sequence, share: &Share) {
+    let first_position = sequence.num_computed_tokens;
+    let num_rows = share.num_rows + share.num_draft_rows;
+    let end = first_position + num_rows;
+    let num_sample_rows = if share.is_last_of(sequence) { 1 + share.num_draft_rows } else { 0 };
+    let num_prompt_logit_rows = if sequence.wants_prompt_logits() { num_rows - num_sample_rows } else { 0 };
+    let batch = &mut step.batch;
+    batch.tokens.extend(&sequence.tokens[first_position..first_position + share.num_rows]);
+    batch.tokens.extend(&sequence.draft[..share.num_draft_rows]);
+    let end_row = batch.tokens.len() as u32; // at most max_batched_tokens rows, see `Scheduler::new`
+    let num_logit_rows = num_prompt_logit_rows + num_sample_rows;
+    batch.logit_rows.extend(end_row - num_logit_rows as u32..end_row);
+    let num_route_rows =
+        if sequence.sampling.return_expert_ids { end.saturating_sub(sequence.num_ever_computed_tokens) } else { 0 };
+    batch.route_rows.extend(end_row - num_route_rows as u32..end_row);
+    let block_table: Vec<BlockId> = sequence.block_table[..end.div_ceil(BLOCK_SIZE)].to_vec();
+    batch.sequences.push(SequenceRows { num_rows, first_position, block_table });
+    let id = sequence.id;
+    step.sequences.push(ScheduledSequence { id, num_prompt_logit_rows, num_sample_rows, num_route_rows });
 }
 
 #[cfg(test)]

@@ -1,58 +1,23 @@
 //! One token stream and how far it is computed.
 
-use std::fmt;
-
 use moge_model::{BLOCK_SIZE, BlockId, TokenId};
 
 use crate::block_manager::PrefixId;
-use crate::grammar::TokenMask;
-use crate::masks::MaskResult;
-use crate::sampler::History;
+use crate::grammar::Grammar;
+use crate::logprobs::RowLogprobs;
+use crate::output::{FinishReason, Sampled, SequenceOutput, SequenceResult};
+use crate::request::SeqId;
+use crate::sampling_params::SamplingParams;
+use crate::step::ScheduledSequence;
 use crate::text::TextStream;
-use crate::{AdmitError, FinishReason, Grammar, RowLogprobs, Sampled, SamplingParams, SequenceOutput, SequenceResult};
 
-/// A sequence of one engine; never used twice, and later requests have greater ids.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SeqId(pub u64);
-
-impl fmt::Display for SeqId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-/// What a client asks for.
-#[derive(Clone, Debug)]
-pub struct Request {
-    /// The tokens to continue, taken literally; at least one.
-    pub prompt: Vec<TokenId>,
-    /// How to continue them.
-    pub sampling: SamplingParams,
-    /// What the continuation must look like, if anything; fresh from [`crate::GrammarCompiler`]. A complete continuation
-    /// ends, whatever `min_tokens` and `ignore_eos` say.
-    pub grammar: Option<Grammar>,
-}
-
-impl Request {
-    /// Check everything that does not depend on an engine's size: what a server can refuse before it queues anything.
-    ///
-    /// # Errors
-    /// If a sampling parameter is out of its range, or the prompt is empty, too long for a context of
-    /// `max_sequence_tokens`, or holds a token outside the vocabulary.
-    pub fn validate(&self, vocab_size: usize, max_sequence_tokens: usize) -> Result<(), AdmitError> {
-        self.sampling.validate(vocab_size)?;
-        let num_tokens = self.prompt.len();
-        if num_tokens == 0 {
-            return Err(AdmitError::EmptyPrompt);
-        }
-        if num_tokens >= max_sequence_tokens {
-            return Err(AdmitError::PromptTooLong { num_tokens, max_tokens: max_sequence_tokens.saturating_sub(1) });
-        }
-        match self.prompt.iter().position(|token| token.0 as usize >= vocab_size) {
-            Some(index) => Err(AdmitError::TokenOutOfVocabulary { index, token: self.prompt[index].0, vocab_size }),
-            None => Ok(()),
-        }
-    }
+/// What a step does for a running sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Computes tokens that are there since it began to run: the prompt, after a preemption also what was sampled.
+    Prefill,
+    /// Computes the token that the step before sampled, and perhaps a draft.
+    Decode,
 }
 
 /// One token stream. It waits while it has no blocks, and runs while it has those of all its tokens.
@@ -62,6 +27,9 @@ pub(crate) struct Sequence {
     /// Prompt, then sampled tokens.
     pub(crate) tokens: Vec<TokenId>,
     pub(crate) num_prompt_tokens: usize,
+    /// Proposed to follow `tokens`; empty after a step that sampled.
+    pub(crate) draft: Vec<TokenId>,
+    pub(crate) phase: Phase,
     /// Tokens, from the first on, whose keys and values are in the KV cache.
     pub(crate) num_computed_tokens: usize,
     /// The most that `num_computed_tokens` ever was: a preemption does not lower it.
@@ -74,8 +42,8 @@ pub(crate) struct Sequence {
     pub(crate) stop_token_ids: Vec<TokenId>,
     pub(crate) block_table: Vec<BlockId>,
     /// The text of the first blocks, so many as others can find.
-    pub(crate) offered: PrefixId,
-    pub(crate) num_offered_blocks: usize,
+    pub(crate) published: Option<PrefixId>,
+    pub(crate) num_published_blocks: usize,
     /// What the output must look like. Away while a mask is computed.
     pub(crate) grammar: Option<Grammar>,
     /// `None` without a tokenizer; all text is empty then.
@@ -96,9 +64,12 @@ impl Sequence {
         self.tokens.len() - self.num_computed_tokens
     }
 
-    /// True unless the token sampled last is all that is to be computed.
-    pub(crate) fn is_prefill(&self) -> bool {
-        self.num_computed_tokens < self.num_prompt_tokens || self.num_uncomputed_tokens() > 1
+    /// Draft tokens that a step may verify: with the token sampled after them they must not be more than may follow.
+    /// What follows a stop token is of no use, whether the token is accepted or not.
+    pub(crate) fn num_useful_draft_tokens(&self) -> usize {
+        let may_follow = self.max_total_tokens() - self.tokens.len();
+        let before_stop = self.draft.iter().position(|token| self.stop_token_ids.contains(token));
+        before_stop.unwrap_or(self.draft.len()).min(may_follow - 1)
     }
 
     /// True if every row of the next chunk has to give logits, not only the last row of the prompt.
@@ -133,59 +104,64 @@ impl Sequence {
         self.max_total_tokens() > self.block_table.len() * BLOCK_SIZE
     }
 
+    /// Give the blocks that held nothing but rejected draft tokens.
+    pub(crate) fn take_surplus_blocks(&mut self) -> Vec<BlockId> {
+        self.block_table.split_off(self.num_needed_blocks().min(self.block_table.len()))
+    }
+
     /// Forget what is computed; gives its blocks.
     pub(crate) fn preempt(&mut self) -> Vec<BlockId> {
+        self.phase = Phase::Prefill;
         self.num_computed_tokens = 0;
-        self.num_offered_blocks = 0;
-        self.offered = PrefixId::default();
+        self.num_published_blocks = 0;
+        self.published = Some(PrefixId::default());
         if let Some(prompt_logprobs) = &mut self.prompt_logprobs {
             prompt_logprobs.truncate(1);
         }
         std::mem::take(&mut self.block_table)
     }
 
-    /// What sampling the next token needs to know. With a grammar only the tokens of `allowed` are possible.
-    pub(crate) fn history<'a>(&'a self, allowed: Option<&'a [u32]>) -> History<'a> {
-        let (prompt, output) = self.tokens.split_at(self.num_prompt_tokens);
-        History { prompt, output, allowed, banned: if self.may_stop() { &[] } else { &self.stop_token_ids } }
-    }
-
-    /// A bit for each token that the grammar leaves, stop tokens exactly where the answer may end. If nothing but the end
-    /// is left, the sequence ends without sampling one of them: there may be none, and they may be banned.
-    pub(crate) fn allowed_tokens(&self, mask: MaskResult) -> Result<Vec<u32>, FinishReason> {
-        let Ok(TokenMask { mut words, may_end }) = mask else { return Err(FinishReason::GrammarFailed) };
-        let stops = |words: &mut [u32], allowed| {
-            for token in &self.stop_token_ids {
-                let (word, bit) = (&mut words[token.0 as usize / 32], 1 << (token.0 % 32));
-                *word = if allowed { *word | bit } else { *word & !bit };
+    /// Take in the results of a step that computed `num_rows` tokens, the draft tokens among them.
+    pub(crate) fn advance(
+        &mut self,
+        scheduled: &ScheduledSequence,
+        num_rows: usize,
+        result: SequenceResult,
+    ) -> SequenceOutput {
+        let SequenceResult { prompt_logprobs, sampled, end, mut expert_ids } = result;
+        let mut output = self.output();
+        if self.phase == Phase::Prefill {
+            output.num_prefilled_tokens = num_rows - scheduled.num_draft_rows();
+        }
+        for sampled in sampled {
+            self.append(sampled, &mut output);
+            if output.finish_reason.is_some() {
+                break;
             }
-        };
-        stops(&mut words, false);
-        if words.iter().all(|&word| word == 0) {
-            return Err(if may_end { FinishReason::Stop } else { FinishReason::GrammarFailed });
         }
-        stops(&mut words, may_end && self.may_stop());
-        Ok(words)
-    }
-
-    /// Take in the results of a step that computed `num_rows` tokens.
-    pub(crate) fn advance(&mut self, num_rows: usize, result: SequenceResult) -> SequenceOutput {
-        let num_prefilled_tokens = if self.is_prefill() { num_rows } else { 0 };
-        self.num_computed_tokens += num_rows;
+        // A row counts if something came of it; others belong to draft tokens that were rejected.
+        let mut num_accepted_rows = output.sampled.len();
+        if let (Some(reason), None) = (end, output.finish_reason) {
+            self.finish(reason, &mut output);
+            num_accepted_rows += 1;
+        }
+        let num_rejected_rows = scheduled.num_sample_rows - num_accepted_rows;
+        self.num_computed_tokens += num_rows - num_rejected_rows;
         self.num_ever_computed_tokens = self.num_ever_computed_tokens.max(self.num_computed_tokens);
-        if let Some(prompt_logprobs) = &mut self.prompt_logprobs {
-            prompt_logprobs.extend(result.prompt_logprobs.into_iter().map(Some));
+        if scheduled.num_sample_rows > 0 {
+            self.phase = Phase::Decode;
+            self.draft.clear();
         }
-        let prompt_is_complete = self.num_computed_tokens >= self.num_prompt_tokens;
-        let prompt_logprobs = if prompt_is_complete { self.prompt_logprobs.take() } else { None };
-        let mut output =
-            SequenceOutput { num_prefilled_tokens, prompt_logprobs, expert_ids: result.expert_ids, ..self.output() };
-        match result.sampled {
-            None => {}
-            Some(Err(finish_reason)) => self.finish(finish_reason, &mut output),
-            Some(Ok(sampled)) => self.append(sampled, &mut output),
+        if let Some(known) = &mut self.prompt_logprobs {
+            known.extend(prompt_logprobs.into_iter().map(Some));
         }
-        output
+        if self.num_computed_tokens >= self.num_prompt_tokens {
+            output.prompt_logprobs = self.prompt_logprobs.take();
+        }
+        if let Some(ids_per_row) = expert_ids.len().checked_div(scheduled.num_route_rows) {
+            expert_ids.truncate((scheduled.num_route_rows - num_rejected_rows) * ids_per_row);
+        }
+        SequenceOutput { expert_ids, ..output }
     }
 
     /// End the sequence before its time.
@@ -201,8 +177,9 @@ impl Sequence {
             id: self.id,
             num_prefilled_tokens: 0,
             num_cached_tokens: self.num_cached_tokens.unwrap_or(0),
-            sampled: None,
+            sampled: Vec::new(),
             text: String::new(),
+            text_ends: Vec::new(),
             finish_reason: None,
             prompt_logprobs: None,
             expert_ids: Vec::new(),
@@ -211,35 +188,37 @@ impl Sequence {
 
     fn append(&mut self, sampled: Sampled, output: &mut SequenceOutput) {
         let token = sampled.token;
-        output.sampled = Some(sampled);
-        let may_stop = self.may_stop();
+        output.sampled.push(sampled);
+        let reason = self.take(token, output);
+        if let Some(reason) = reason {
+            self.finish(reason, output);
+        }
+        output.text_ends.push(output.text.len());
+    }
+
+    /// Take the next token; why it is the last one, if it is.
+    fn take(&mut self, token: TokenId, output: &mut SequenceOutput) -> Option<FinishReason> {
+        let may_stop = self.sampling.may_stop_after(self.tokens.len() - self.num_prompt_tokens);
         self.tokens.push(token);
         if may_stop && self.stop_token_ids.contains(&token) {
-            return self.finish(FinishReason::Stop, output);
+            return Some(FinishReason::Stop);
         }
         if let Some(text) = &mut self.text {
-            output.text = text.push(token, may_stop);
+            output.text += &text.push(token, may_stop);
             if text.hit_stop_string() {
-                return self.finish(FinishReason::Stop, output);
+                return Some(FinishReason::Stop);
             }
         }
         if let Some(grammar) = &mut self.grammar {
             grammar.push(token);
         }
-        if self.tokens.len() == self.max_total_tokens() {
-            self.finish(FinishReason::Length, output);
-        }
+        (self.tokens.len() == self.max_total_tokens()).then_some(FinishReason::Length)
     }
 
-    fn finish(&mut self, finish_reason: FinishReason, output: &mut SequenceOutput) {
-        output.finish_reason = Some(finish_reason);
+    fn finish(&mut self, reason: FinishReason, output: &mut SequenceOutput) {
+        output.finish_reason = Some(reason);
         if let Some(text) = &mut self.text {
             output.text += &text.finish();
         }
-    }
-
-    /// True if the next token may end the sequence otherwise than by `max_tokens`.
-    fn may_stop(&self) -> bool {
-        self.tokens.len() - self.num_prompt_tokens >= self.sampling.min_tokens
     }
 }

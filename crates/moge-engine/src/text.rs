@@ -65,6 +65,7 @@ mod tests {
             max_running: 2,
             max_waiting: 3,
             eos_token_ids: vec![EOS],
+            max_draft_tokens: 0,
         };
         Scheduler::new(config, tokenizer)
     }
@@ -81,7 +82,7 @@ mod tests {
         let mut pieces = Vec::new();
         for (number, &token) in (1..).zip(tokens) {
             let step = scheduler.schedule().unwrap();
-            let sampled = Some(Ok(Sampled { token, logprobs: None }));
+            let sampled = vec![Sampled { token, logprobs: None }];
             let output = scheduler.postprocess(&step, vec![SequenceResult { sampled, ..Default::default() }]).remove(0);
             pieces.push(output.text);
             if output.finish_reason.is_some() {
@@ -157,7 +158,7 @@ mod tests {
         assert_eq!(error.to_string(), r#"stop: ["END"] is not allowed, must be empty, as the model has no tokenizer"#);
         scheduler.add_request(request(SamplingParams::default())).unwrap();
         let step = scheduler.schedule().unwrap();
-        let sampled = Some(Ok(Sampled { token: TokenId(70), logprobs: None }));
+        let sampled = vec![Sampled { token: TokenId(70), logprobs: None }];
         let outputs = scheduler.postprocess(&step, vec![SequenceResult { sampled, ..Default::default() }]);
         assert_eq!(outputs[0].text, "");
     }

@@ -2,6 +2,7 @@
 
 mod arch;
 mod checkpoint;
+pub mod cost;
 mod ids;
 mod network;
 pub mod synth;
@@ -35,10 +36,7 @@ pub use network::profile::{Operator, Profile};
 pub use network::router::{Dispatch, Route, choose_experts, route_token, weigh_routes};
 pub use network::tensors::{MatrixSpec, PackedSpec, Part, TensorSource, TensorSpec, source_name};
 pub use network::weight::Weight;
-pub use network::weight_bytes::{LayerBytes, WeightBytes};
-pub use network::weights::{
-    Experts, Layer, LayerMlp, Linear, Network, PostNorms, Share, Swiglu, expected_tensors, stored_bytes,
-};
+pub use network::weights::{Experts, Layer, LayerMlp, Linear, Network, PostNorms, Share, Swiglu, expected_tensors};
 pub use text::chat_template::error::ChatTemplateError;
 pub use text::chat_template::{ChatRequest, ChatTemplate, Thinking, thinking_delimiters, thinking_tokens};
 pub use text::generation_config::{GenerationDefaults, GenerationDefaultsError};

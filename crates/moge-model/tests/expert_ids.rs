@@ -33,7 +33,7 @@ impl Steps<'_> {
             output.record_trace();
         }
         let mut logits = Vec::new();
-        let mut expert_ids = vec![Vec::new(); config.num_layers()];
+        let mut expert_ids = vec![Vec::new(); config.num_routed_layers()];
         for (chunk, tokens) in self.tokens.chunks(7).enumerate() {
             let num_rows = tokens.len();
             let block_table = (0..num_blocks as u32).map(BlockId).collect();
@@ -49,7 +49,7 @@ impl Steps<'_> {
             };
             self.model.forward(&cpu, &batch, &mut kv_cache, &mut work, &mut output);
             logits.extend(output.logits.iter().map(|x| x.to_bits()));
-            let layer_len = output.expert_ids.len() / config.num_layers();
+            let layer_len = output.expert_ids.len() / config.num_routed_layers().max(1);
             for (all, layer) in expert_ids.iter_mut().zip(output.expert_ids.chunks(layer_len.max(1))) {
                 all.extend(layer);
             }
@@ -60,8 +60,9 @@ impl Steps<'_> {
 
 #[test]
 fn rows_that_ask_get_their_experts_of_every_layer_whoever_wants_logits() {
-    for (case, experts_per_token) in [("pangu-pro-moe-v1", 3), ("pangu-pro-moe-k2", 4)] {
+    for case in ["pangu-pro-moe-v1", "pangu-pro-moe-k2", "qwen3-moe", "qwen3-moe-mixed"] {
         let golden = Golden::load(case);
+        let experts_per_token = golden.model.config().moe().unwrap().experts_per_token();
         let (model, tokens) = (&golden.model, &golden.tokens("tokens")[..]);
         let trace = run_whole(model, tokens, Precision::F32).trace;
         let (plain_logits, nothing) = Steps { model, tokens, is_wanted: |_| false, with_trace: false }.run();

@@ -1,4 +1,4 @@
-//! The four networks against PyTorch, layer by layer. `reference/make_goldens.py` makes the files.
+//! All networks against PyTorch, layer by layer. `reference/make_goldens.py` makes the files.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod common;

@@ -103,24 +103,25 @@ fn the_profile_has_time_for_every_operator_of_the_network_and_no_more_than_passe
 
 #[test]
 fn weight_bytes_are_those_of_the_checkpoint_by_what_uses_them() {
-    for case in ["pangu-pro-moe-v1", "glm4", "qwen3-tied"] {
+    for case in ["pangu-pro-moe-v1", "glm4", "qwen3-tied", "qwen3-moe-mixed", "llama3"] {
         let model = Golden::load(case).model;
         let stored = |part: &dyn Fn(&str) -> bool| -> u64 {
-            let tensors = model.checkpoint().tensors().filter(|(name, _)| name.ends_with(".weight") && part(name));
+            let tensors =
+                model.checkpoint().unwrap().tensors().filter(|(name, _)| name.ends_with(".weight") && part(name));
             tensors.filter(|(_, tensor)| tensor.shape().len() == 2).map(|(_, tensor)| tensor.bytes().len() as u64).sum()
         };
-        let weights = model.weight_bytes();
+        let weights = model.cost();
         assert_eq!(weights.layers.len(), model.config().num_layers());
         let tied = model.config().tie_word_embeddings;
         let head = if tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
-        assert_eq!(weights.head, stored(&|name| name == head), "{case}");
+        assert_eq!(weights.head.bytes, stored(&|name| name == head), "{case}");
         for (index, layer) in weights.layers.iter().enumerate() {
             let prefix = format!("model.layers.{index}.");
             let in_layer = |part: &str| stored(&|name| name.starts_with(&(prefix.clone() + part)));
-            assert_eq!(layer.attention, in_layer("self_attn."), "{case}");
+            assert_eq!(layer.attention.bytes, in_layer("self_attn."), "{case}");
             let all_experts = in_layer("mlp.experts.");
-            assert_eq!(layer.expert, in_layer("mlp.experts.0."), "{case}");
-            assert_eq!(layer.shared_mlp, in_layer("mlp.") - all_experts, "{case}");
+            assert_eq!(layer.expert.bytes, in_layer("mlp.experts.0."), "{case}");
+            assert_eq!(layer.dense.bytes + layer.router.bytes, in_layer("mlp.") - all_experts, "{case}");
         }
     }
 }

@@ -53,8 +53,8 @@ impl Job {
     ///
     /// # Errors
     /// If the source is refused, does not fit the scheme, or `out` holds anything else.
-    pub fn open(model: &Path, out: &Path, scheme: QuantScheme) -> Result<Job, QuantizeError> {
-        let source = Source::open(model, scheme.clone())?;
+    pub fn open(model: &Path, out: &Path, scheme: &QuantScheme) -> Result<Job, QuantizeError> {
+        let source = Source::open(model, scheme)?;
         let identity = Identity::of(model, scheme)?;
         let small_files = small_files(model)?;
         let complete = match journal::read(out, &identity)? {

@@ -37,7 +37,7 @@ pub(crate) struct Record {
 
 impl Identity {
     /// Of the JSON and weight files in `dir`, quantised as `scheme` says.
-    pub(crate) fn of(dir: &Path, scheme: QuantScheme) -> Result<Identity, QuantizeError> {
+    pub(crate) fn of(dir: &Path, scheme: &QuantScheme) -> Result<Identity, QuantizeError> {
         let mut source = Vec::new();
         for entry in entries_of(dir)? {
             let name = entry.file_name().to_string_lossy().into_owned();

@@ -46,7 +46,7 @@ impl Source {
     ///
     /// # Errors
     /// If it is refused, or does not fit its config or `scheme`.
-    pub(crate) fn open(dir: &Path, scheme: QuantScheme) -> Result<Source, QuantizeError> {
+    pub(crate) fn open(dir: &Path, scheme: &QuantScheme) -> Result<Source, QuantizeError> {
         let import = Import::find(dir)?;
         let (config, mut config_json) = load_config(dir, import.is_some())?;
         if !config.quant.is_none() {

@@ -147,7 +147,7 @@ fn what_another_run_did_since_the_job_was_opened_counts() {
     quantize(&model, &dir.path().join("whole"), mixed_scheme()).unwrap();
     let whole = files_in(&dir.path().join("whole"));
     let cpu = Cpu::new(Isa::best(), 2);
-    let open = || Job::open(&model, &out, mixed_scheme()).unwrap();
+    let open = || Job::open(&model, &out, &mixed_scheme()).unwrap();
     let begun = open();
     quantize_with(&model, &out, mixed_scheme(), 2, 5).unwrap_err();
     let early = open();

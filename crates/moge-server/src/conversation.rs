@@ -6,9 +6,10 @@ use moge_engine::{FinishReason, Request, SamplingParams, SequenceOutput};
 use moge_model::{ChatRequest, Prefix, Thinking, TokenId, thinking_delimiters};
 use serde_json::{Map, Value};
 
-use crate::answer::{ExpertIds, chat_logprob, finish_reason};
+use crate::answer::{chat_logprob, finish_reason};
 use crate::app::Serving;
 use crate::error::ApiError;
+use crate::expert_ids::ExpertIds;
 use crate::output::{Delta, OutputParser};
 use crate::params::FormatFields;
 use crate::structured::tools::{ToolChoice, tool_choice, tools};
@@ -52,9 +53,9 @@ pub(crate) struct Turn {
 
 /// What an output adds to a turn.
 #[derive(Debug, Default)]
-pub(crate) struct TurnPiece {
+pub(crate) struct TurnDelta {
     pub(crate) deltas: Vec<Delta>,
-    /// 1 if the output's token belongs to the thinking, its marks among it.
+    /// Tokens of the output that belong to the thinking, its marks among it.
     pub(crate) num_reasoning_tokens: usize,
     /// Log-probabilities of the tokens, if asked for.
     pub(crate) logprobs: Vec<Value>,
@@ -164,17 +165,20 @@ impl Turn {
     ///
     /// # Errors
     /// If the sequence came to no proper end.
-    pub(crate) fn take(&mut self, output: SequenceOutput) -> Result<TurnPiece, ApiError> {
+    pub(crate) fn take(&mut self, output: &SequenceOutput) -> Result<TurnDelta, ApiError> {
         if let Some(expert_ids) = &mut self.expert_ids {
             expert_ids.push(&output.expert_ids);
         }
-        let has_token = output.sampled.is_some();
-        if let Some(row) = output.sampled.and_then(|sampled| sampled.logprobs) {
-            self.logprobs.push(chat_logprob(&self.serving.model.tokenizer, &row));
+        let rows = output.sampled.iter().filter_map(|sampled| sampled.logprobs.as_ref());
+        self.logprobs.extend(rows.map(|row| chat_logprob(&self.serving.model.tokenizer, row)));
+        let mut deltas = Vec::new();
+        let mut num_reasoning_tokens = 0;
+        for text in output.token_texts() {
+            let was_thinking = self.parser.is_thinking();
+            deltas.extend(self.parser.push(text));
+            num_reasoning_tokens += usize::from(was_thinking || self.parser.is_thinking());
         }
-        let was_thinking = self.parser.is_thinking();
-        let mut deltas = self.parser.push(&output.text);
-        let is_reasoning = has_token && (was_thinking || self.parser.is_thinking());
+        deltas.extend(self.parser.push(output.last_text()));
         let mut reason = None;
         if let Some(finish) = output.finish_reason {
             deltas.extend(self.parser.finish());
@@ -186,8 +190,7 @@ impl Turn {
         }
         let is_news = !deltas.is_empty() || reason.is_some();
         let logprobs = if is_news { std::mem::take(&mut self.logprobs) } else { Vec::new() };
-        let num_reasoning_tokens = usize::from(is_reasoning);
-        Ok(TurnPiece { deltas, num_reasoning_tokens, logprobs, finish_reason: reason })
+        Ok(TurnDelta { deltas, num_reasoning_tokens, logprobs, finish_reason: reason })
     }
 
     /// Write the experts that were taken, if asked for, into the finished choice.

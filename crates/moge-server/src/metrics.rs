@@ -164,17 +164,17 @@ impl Metrics {
             self.queue.record(step_start - times.arrival);
             self.prompt_tokens.increment(times.num_prompt_tokens as u64);
         }
-        if output.sampled.is_none() {
-            return;
+        self.generation_tokens.increment(output.sampled.len() as u64);
+        for _ in &output.sampled {
+            match times.last_token {
+                None => self.first_token.record(now - times.arrival),
+                // Nothing between tokens that come together.
+                Some(last) => self.inter_token.record(now - last),
+            }
+            times.first_token.get_or_insert(now);
+            times.last_token = Some(now);
+            times.num_tokens += 1;
         }
-        self.generation_tokens.increment(1);
-        match times.last_token {
-            None => self.first_token.record(now - times.arrival),
-            Some(last) => self.inter_token.record(now - last),
-        }
-        times.first_token.get_or_insert(now);
-        times.last_token = Some(now);
-        times.num_tokens += 1;
     }
 
     /// A sequence has ended.

@@ -21,6 +21,7 @@ use moge_kernels::{
     Cpu, Elements, Matrix, PieceAttentionScratch, Products, RopeAngles, Store, cross_entropy, embed, embed_backward,
     rope_angles,
 };
+use moge_model::cost::NetworkCost;
 use moge_model::{ExpertId, Layer, LayerMlp, ModelConfig, MoeConfig, Swiglu};
 
 use crate::batch::TokenBatch;
@@ -38,6 +39,7 @@ pub struct TrainNetwork {
     final_norm: Range<usize>,
     head: MatrixSpan,
     inverse_frequencies: Vec<f32>,
+    ops_per_token: u64,
 }
 
 /// A layer's places.
@@ -145,6 +147,7 @@ impl TrainNetwork {
             final_norm,
             head,
             inverse_frequencies: config.rope.inverse_frequencies(),
+            ops_per_token: NetworkCost::of(config).training_ops_per_token(),
         }
     }
 
@@ -153,24 +156,9 @@ impl TrainNetwork {
         &self.config
     }
 
-    /// Arithmetic of forward and backward per token: six operations for each weight that multiplies it. The scores and sums
-    /// of attention, norms and the embedding are not counted.
-    pub fn flops_per_token(&self) -> u64 {
-        let dense = |span: &MatrixSpan| (span.rows * span.cols) as u64;
-        let swiglu = |mlp: &Swiglu<MatrixSpan>| mlp.gate_up.iter().map(dense).sum::<u64>() + dense(&mlp.down);
-        let layer = |layer: &LayerPlaces| {
-            let spans = &layer.spans;
-            let projections: u64 = [&spans.q, &spans.k, &spans.v, &spans.o].iter().map(|p| dense(&p.weight)).sum();
-            let routed = match &spans.mlp {
-                LayerMlp::Experts(experts) => {
-                    let per_token = layer.experts.as_ref().map_or(0, |e| e.moe.experts_per_token() as u64);
-                    per_token * swiglu(&experts.routed[0])
-                }
-                LayerMlp::Dense(_) => 0,
-            };
-            projections + swiglu(layer.dense()) + routed
-        };
-        6 * (self.layers.iter().map(layer).sum::<u64>() + dense(&self.head))
+    /// Operations of forward and backward per token, as [`NetworkCost::training_ops_per_token`] counts them.
+    pub fn ops_per_token(&self) -> u64 {
+        self.ops_per_token
     }
 
     /// Forward and backward over `batch`. `grads`, laid out as `params`, are replaced or added to as `store` says.

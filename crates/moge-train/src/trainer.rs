@@ -244,7 +244,7 @@ impl Trainer {
         }
         let seconds = start.elapsed().as_secs_f64();
         let tokens_per_s = phase.batch_tokens as f64 / seconds;
-        let flops_per_s = tokens_per_s * self.optimizer.network().flops_per_token() as f64;
+        let flops_per_s = tokens_per_s * self.optimizer.network().ops_per_token() as f64;
         Ok(StepMetrics {
             step: self.state.step,
             phase: phase.name.clone(),

@@ -9,11 +9,12 @@ use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use indicatif::DecimalBytes;
 use moge_engine::{Engine, EngineConfig, SamplingParams};
+use moge_model::cost::NetworkCost;
 use moge_model::synth::write_checkpoint;
 use moge_model::{
     Architecture, BLOCK_SIZE, ChatTemplate, ChatTemplateError, Checkpoint, Cpu, Dtype, GenerationDefaults, Isa,
     KvCache, KvType, LoadMode, MAX_THREADS, Model, ModelConfig, PackedFormat, Precision, QuantScheme, TokenId,
-    Tokenizer, TokenizerError, Workspace, available_threads, eos_token_ids, stored_bytes,
+    Tokenizer, TokenizerError, Workspace, available_threads, eos_token_ids,
 };
 use tempfile::TempDir;
 
@@ -188,14 +189,13 @@ impl SamplingArgs {
 
     /// Sampling parameters; `defaults` fill what the command line leaves open.
     pub(crate) fn params(&self, defaults: &GenerationDefaults) -> SamplingParams {
-        // A file that does not ask for sampling states its temperature in vain.
-        let default_temperature = if defaults.is_greedy() { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
+        let defaults = SamplingParams::from(defaults);
         SamplingParams {
-            temperature: self.temperature.unwrap_or(default_temperature),
+            temperature: self.temperature.unwrap_or(defaults.temperature),
             top_k: self.top_k.or(defaults.top_k),
-            top_p: self.top_p.or(defaults.top_p).unwrap_or(1.0),
-            min_p: self.min_p.or(defaults.min_p).unwrap_or(0.0),
-            repetition_penalty: self.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
+            top_p: self.top_p.unwrap_or(defaults.top_p),
+            min_p: self.min_p.unwrap_or(defaults.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
             presence_penalty: self.presence_penalty.unwrap_or(0.0),
             frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
             logit_bias: self.logit_bias.iter().copied().collect(),
@@ -270,6 +270,15 @@ pub(crate) struct ServingLimits {
     pub(crate) kv_bytes: Option<u64>,
 }
 
+/// An engine, and what it computes on.
+pub(crate) struct Loaded {
+    pub(crate) engine: Engine,
+    pub(crate) cpu: Cpu,
+    pub(crate) load_time: Duration,
+    /// The greatest length of a sequence.
+    pub(crate) max_sequence_tokens: usize,
+}
+
 /// The small files of a checkpoint: enough to make prompts of text.
 pub(crate) struct Frontend {
     /// The checkpoint's directory.
@@ -337,8 +346,7 @@ impl Frontend {
     }
 
     /// Load the weights and make an engine that can hold `sequence_tokens`, the greatest length of each sequence.
-    /// Returns the engine and the time that loading took.
-    pub(crate) fn load(&self, args: &ModelArgs, sequence_tokens: &[usize]) -> Result<(Engine, Duration)> {
+    pub(crate) fn load(&self, args: &ModelArgs, sequence_tokens: &[usize]) -> Result<Loaded> {
         let start = Instant::now();
         let (activation, kv) = (self.activation(args), self.kv_type(args));
         let tokenizer = self.tokenizer.as_ref().ok().cloned();
@@ -353,6 +361,7 @@ impl Frontend {
             max_running,
             max_waiting: sequence_tokens.len().max(1),
             eos_token_ids: eos_token_ids(&self.config.eos_token_ids, &self.defaults, tokenizer.as_deref()),
+            max_draft_tokens: 0,
         };
         let longest = sequence_tokens.iter().max().map_or(1, |tokens| tokens.div_ceil(BLOCK_SIZE).max(1));
         self.fit_memory(args, &mut config, longest)?;
@@ -362,12 +371,13 @@ impl Frontend {
             cpu.num_threads(),
             cpu.isa().name()
         );
-        Ok((Engine::new(model, cpu, tokenizer, &config), start.elapsed()))
+        let engine = Engine::new(model, &cpu, tokenizer, &config);
+        Ok(Loaded { engine, cpu, load_time: start.elapsed(), max_sequence_tokens: config.max_sequence_tokens })
     }
 
-    /// Load the weights and make an engine that serves requests yet unknown. Returns it with the greatest length of a
-    /// sequence.
-    pub(crate) fn load_for_serving(&self, args: &ModelArgs, limits: &ServingLimits) -> Result<(Engine, usize)> {
+    /// Load the weights and make an engine that serves requests yet unknown.
+    pub(crate) fn load_for_serving(&self, args: &ModelArgs, limits: &ServingLimits) -> Result<Loaded> {
+        let start = Instant::now();
         let (activation, kv) = (self.activation(args), self.kv_type(args));
         let tokenizer = self.tokenizer.as_ref().ok().cloned();
         let context = self.config.max_position_embeddings;
@@ -386,6 +396,7 @@ impl Frontend {
             max_running: limits.max_running,
             max_waiting: limits.max_waiting,
             eos_token_ids: eos_token_ids(&self.config.eos_token_ids, &self.defaults, tokenizer.as_deref()),
+            max_draft_tokens: 0,
         };
         if let Some(kv_bytes) = limits.kv_bytes {
             config.num_blocks = most_blocks.min((kv_bytes / block_bytes) as usize).max(1);
@@ -412,8 +423,8 @@ impl Frontend {
             config.max_sequence_tokens,
             cpu.num_threads()
         ));
-        let max_sequence_tokens = config.max_sequence_tokens;
-        Ok((Engine::new(model, cpu, tokenizer, &config), max_sequence_tokens))
+        let engine = Engine::new(model, &cpu, tokenizer, &config);
+        Ok(Loaded { engine, cpu, load_time: start.elapsed(), max_sequence_tokens: config.max_sequence_tokens })
     }
 
     /// Load the weights, and start the threads that compute.
@@ -429,7 +440,7 @@ impl Frontend {
             (None, LoadArg::Read) => Model::load(&self.dir, LoadMode::Read, &report)?,
         };
         if args.quantize.is_none() && args.load == LoadArg::Mmap && !args.allow_paging {
-            model.checkpoint().prefault(num_threads, &report);
+            model.checkpoint().inspect(|checkpoint| checkpoint.prefault(num_threads, &report));
         }
         bar.finish_and_clear();
         if cpu.num_threads() < num_threads {
@@ -455,12 +466,39 @@ impl Frontend {
     pub(crate) fn check_memory(&self, args: &ModelArgs, kv_bytes: u64, workspace_bytes: u64) -> Result<Option<u64>> {
         let Some(available) = available_bytes() else { return Ok(None) };
         // The mapped originals of weights that are quantised in memory leave it when others need it.
-        let weight_bytes =
-            if args.quantize.is_some() { stored_bytes(&self.config) } else { Checkpoint::file_bytes(&self.dir)? };
+        let weight_bytes = if args.quantize.is_some() {
+            NetworkCost::of(&self.config).total.bytes
+        } else {
+            Checkpoint::file_bytes(&self.dir)?
+        };
         let plan = MemoryPlan { weight_bytes, kv_bytes, workspace_bytes };
         let paging = args.allow_paging && args.load == LoadArg::Mmap;
         plan.check(available, paging).with_context(|| self.dir.display().to_string())?;
         tracing::info!("memory: {plan} of {} available", DecimalBytes(available));
         Ok(Some(plan.left_bytes(available, paging)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        sampling: SamplingArgs,
+    }
+
+    #[test]
+    fn a_silent_command_line_means_what_the_file_says_as_in_a_request() {
+        let Line { sampling } = Line::parse_from(["moge"]);
+        for do_sample in [None, Some(false), Some(true)] {
+            for temperature in [None, Some(0.6)] {
+                let defaults = GenerationDefaults { do_sample, temperature, top_k: Some(50), ..Default::default() };
+                assert_eq!(sampling.params(&defaults), SamplingParams::from(&defaults));
+            }
+        }
     }
 }

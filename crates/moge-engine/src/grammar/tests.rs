@@ -5,9 +5,9 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::*;
-use crate::engine::sample;
 use crate::logprobs::row_logprobs;
 use crate::masks::Masks;
+use crate::sample::sample;
 use crate::sampler::Sampler;
 use crate::{FinishReason, Request, Sampled, SamplingParams, Scheduler, SchedulerConfig};
 
@@ -62,6 +62,7 @@ impl Bench {
                 max_running: 2,
                 max_waiting: 5,
                 eos_token_ids: self.eos_token_ids.clone(),
+                max_draft_tokens: 0,
             },
             Some(self.tokenizer.clone()),
         );
@@ -73,15 +74,16 @@ impl Bench {
         let (mut masks, mut sampler) = (Masks::default(), Sampler::default());
         let mut answer = Answer { tokens: Vec::new(), text: String::new(), finish_reason: None };
         while let Some(step) = scheduler.schedule() {
-            masks.start(&mut scheduler, &step);
+            masks.start(scheduler.take_grammars(&step));
             let logits = match step.batch.logit_rows.len() {
                 0 => Vec::new(),
                 _ => random_logits(seed, num_prompt_tokens + answer.tokens.len(), self.vocab_size()),
             };
-            let masks = masks.finish(&mut scheduler);
-            let results = sample(&mut sampler, &scheduler, &step, &logits, masks);
+            let masks = scheduler.return_grammars(masks.finish());
+            let rows = scheduler.logit_rows(&step, masks);
+            let results = sample(&mut sampler, &rows, &logits, self.vocab_size());
             let output = scheduler.postprocess(&step, results).remove(0);
-            if let Some(Sampled { token, logprobs }) = output.sampled {
+            for Sampled { token, logprobs } in output.sampled {
                 assert_eq!(logprobs, Some(row_logprobs(&logits, token, 2)), "they are the model's");
                 answer.tokens.push(token);
             }
@@ -345,6 +347,7 @@ fn a_grammar_for_another_vocabulary_is_refused() {
         max_running: 4,
         max_waiting: 5,
         eos_token_ids: Vec::new(),
+        max_draft_tokens: 0,
     };
     let request = Request { prompt: vec![TokenId(1)], sampling: random(0), grammar: Some(grammar) };
     let error = Scheduler::new(config, None).add_request(request).unwrap_err().to_string();

@@ -12,6 +12,7 @@ fn config() -> SchedulerConfig {
         max_running: 4,
         max_waiting: 3,
         eos_token_ids: vec![EOS],
+        max_draft_tokens: 0,
     }
 }
 
@@ -25,15 +26,16 @@ fn request_of(token: u32, num_prompt_tokens: usize, max_tokens: usize) -> Reques
     Request { prompt: vec![TokenId(token); num_prompt_tokens], sampling, grammar: None }
 }
 
+/// One token if the sequence samples.
+fn result(scheduled: &ScheduledSequence, token: u32) -> SequenceResult {
+    let sampled = Sampled { token: TokenId(token), logprobs: None };
+    SequenceResult { sampled: vec![sampled; scheduled.num_sample_rows.min(1)], ..SequenceResult::default() }
+}
+
 /// Run one step in which every sequence that samples gets `token`.
 fn step(scheduler: &mut Scheduler, token: u32) -> Vec<SequenceOutput> {
     let step = scheduler.schedule().unwrap();
-    let sampled = Sampled { token: TokenId(token), logprobs: None };
-    let results = step
-        .sequences
-        .iter()
-        .map(|s| SequenceResult { sampled: s.samples.then(|| Ok(sampled.clone())), ..SequenceResult::default() });
-    let results = results.collect();
+    let results = step.sequences.iter().map(|s| result(s, token)).collect();
     scheduler.postprocess(&step, results)
 }
 
@@ -94,7 +96,7 @@ fn without_max_tokens_a_sequence_ends_with_the_context_or_the_cache() {
         let mut num_sampled_tokens = 0;
         let finish_reason = loop {
             let output = step(&mut scheduler, 2).remove(0);
-            num_sampled_tokens += usize::from(output.sampled.is_some());
+            num_sampled_tokens += output.sampled.len();
             if output.finish_reason.is_some() {
                 break output.finish_reason;
             }
@@ -111,7 +113,7 @@ fn decodes_come_first_and_a_long_prompt_fills_the_rest() {
     let first = step(&mut scheduler, 2);
     assert_eq!(first.iter().map(|o| (o.id, o.num_prefilled_tokens)).collect::<Vec<_>>(), [(long, 64)]);
     let second = step(&mut scheduler, 2);
-    let prefilled: Vec<_> = second.iter().map(|o| (o.id, o.num_prefilled_tokens, o.sampled.is_some())).collect();
+    let prefilled: Vec<_> = second.iter().map(|o| (o.id, o.num_prefilled_tokens, !o.sampled.is_empty())).collect();
     assert_eq!(prefilled, [(long, 36, true), (short, 5, true)]);
     let next = scheduler.add_request(request_of(3, 90, 3)).unwrap();
     let third = step(&mut scheduler, 2);
@@ -152,13 +154,9 @@ fn the_youngest_gives_its_blocks_to_the_oldest_and_goes_on_where_it_was() {
             assert_eq!((&step.preempted[..], preempted_after), (&[young][..], None));
             preempted_after = Some(number);
         }
-        let results = step.sequences.iter().map(|s| SequenceResult {
-            sampled: s.samples.then_some(Ok(Sampled { token: TokenId(2), logprobs: None })),
-            ..SequenceResult::default()
-        });
-        let results = results.collect();
+        let results = step.sequences.iter().map(|s| result(s, 2)).collect();
         for output in scheduler.postprocess(&step, results) {
-            num_outputs[usize::from(output.id == young)] += usize::from(output.sampled.is_some());
+            num_outputs[usize::from(output.id == young)] += output.sampled.len();
         }
     }
     assert_eq!(preempted_after, Some(2 * BLOCK_SIZE + 1 - 32), "when both need a third block");

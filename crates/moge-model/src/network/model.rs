@@ -5,9 +5,10 @@ use std::path::Path;
 use moge_kernels::Cpu;
 use thiserror::Error;
 
-use crate::checkpoint::error::CheckpointError;
+use crate::checkpoint::error::{CheckpointError, TensorProblem};
 use crate::checkpoint::quant_scheme::QuantScheme;
 use crate::checkpoint::reader::{Checkpoint, LoadMode};
+use crate::cost::NetworkCost;
 use crate::network::batch::Batch;
 use crate::network::config::{ConfigError, ModelConfig};
 use crate::network::cpu::{CpuStep, Workspace};
@@ -15,7 +16,7 @@ use crate::network::decoder::decode;
 use crate::network::kv_cache::KvCache;
 use crate::network::load::{load, load_quantizing};
 use crate::network::output::StepOutput;
-use crate::network::weight_bytes::WeightBytes;
+use crate::network::params::ParamStore;
 use crate::network::weights::{Network, Share};
 
 /// Why a model cannot be loaded.
@@ -41,7 +42,14 @@ pub struct Model {
     config: ModelConfig,
     network: Network,
     inverse_frequencies: Vec<f32>,
-    checkpoint: Checkpoint,
+    source: Source,
+}
+
+/// Where the weights lie.
+#[derive(Debug)]
+enum Source {
+    Checkpoint(Checkpoint),
+    Params(ParamStore),
 }
 
 impl Model {
@@ -53,7 +61,7 @@ impl Model {
         let config = ModelConfig::load(dir)?;
         let checkpoint = Checkpoint::open(dir, mode, progress)?;
         let network = load(&config, Share::WHOLE, &checkpoint)?;
-        Ok(Model::new(config, network, checkpoint))
+        Ok(Model::new(config, network, Source::Checkpoint(checkpoint)))
     }
 
     /// As [`Model::load`], mapped, quantising the weights in memory as `scheme` says.
@@ -75,12 +83,44 @@ impl Model {
         let total = checkpoint.total_bytes();
         let config = ModelConfig { quant: scheme, ..config };
         let network = load_quantizing(&config, &checkpoint, cpu, &|read| progress(read, total))?;
-        Ok(Model::new(config, network, checkpoint))
+        Ok(Model::new(config, network, Source::Checkpoint(checkpoint)))
     }
 
-    fn new(config: ModelConfig, network: Network, checkpoint: Checkpoint) -> Model {
+    /// The network that `config` describes with the numbers of `params`, its tensors one after another in the order of
+    /// [`crate::expected_tensors`], packed as `scheme` says: for what is trained in this process.
+    ///
+    /// # Errors
+    /// If a weight has a width that its format does not allow.
+    ///
+    /// # Panics
+    /// If `config` is that of a quantised network, or `params` has another length.
+    pub fn from_params(
+        cpu: &Cpu,
+        config: &ModelConfig,
+        params: &[f32],
+        scheme: QuantScheme,
+    ) -> Result<Model, TensorProblem> {
+        let mut store = ParamStore::new(config, scheme)?;
+        store.write(cpu, params);
+        let config = store.config().clone();
+        Ok(Model::new(config, store.network(), Source::Params(store)))
+    }
+
+    /// Replace the numbers of a model made by [`Model::from_params`], in the same memory.
+    ///
+    /// # Panics
+    /// If it was not made so, or `params` has another length.
+    pub fn update_params(&mut self, cpu: &Cpu, params: &[f32]) {
+        let Source::Params(store) = &mut self.source else { panic!("the weights are those of a checkpoint") };
+        // The weights borrow the memory that is written.
+        drop(std::mem::take(&mut self.network));
+        store.write(cpu, params);
+        self.network = store.network();
+    }
+
+    fn new(config: ModelConfig, network: Network, source: Source) -> Model {
         let inverse_frequencies = config.rope.inverse_frequencies();
-        Model { config, network, inverse_frequencies, checkpoint }
+        Model { config, network, inverse_frequencies, source }
     }
 
     /// The network's description.
@@ -88,14 +128,17 @@ impl Model {
         &self.config
     }
 
-    /// The files that the weights lie in.
-    pub fn checkpoint(&self) -> &Checkpoint {
-        &self.checkpoint
+    /// The files that the weights lie in; `None` if they were made in memory.
+    pub fn checkpoint(&self) -> Option<&Checkpoint> {
+        match &self.source {
+            Source::Checkpoint(checkpoint) => Some(checkpoint),
+            Source::Params(_) => None,
+        }
     }
 
     /// Sizes of the weights as they are stored.
-    pub fn weight_bytes(&self) -> WeightBytes {
-        WeightBytes::of(&self.network)
+    pub fn cost(&self) -> NetworkCost {
+        NetworkCost::of_loaded(&self.config, &self.network)
     }
 
     /// One step: write the keys and values of all rows, and leave the results that `batch` wants in `output`.

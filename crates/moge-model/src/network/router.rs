@@ -171,9 +171,7 @@ mod tests {
     fn a_router_that_renormalises_divides_by_the_sum_of_the_chosen() {
         let logits = [0.1, 0.5, 0.3, -1.0, 0.4, 3.0, 9.0, 1.0, 2.0, 0.0];
         let sum: f64 = [9.0f64, 3.0, 2.0].map(f64::exp).iter().sum();
-        for (renormalize, of_all) in
-            [(true, 1.0), (false, sum / logits.map(|x| f64::from(x).exp()).iter().sum::<f64>())]
-        {
+        for (renormalize, of_all) in [(true, 1.0), (false, sum / logits.map(f64::exp).iter().sum::<f64>())] {
             let config = MoeConfig { router: Router::TopKSoftmax { top_k: 3, renormalize }, ..CONFIG };
             let mut routes = [Route { expert: ExpertId(99), weight: 0.0 }; 3];
             route_token(Isa::best(), &config, &mut logits.map(|x| x as f32), None, &mut routes);

@@ -44,6 +44,19 @@ pub(crate) enum WeightView<'a> {
     Packed(PackedMatrix<'a>),
 }
 
+impl Default for Weight {
+    /// Nothing.
+    fn default() -> Weight {
+        Weight {
+            storage: Arc::new(Storage::copy_of(&[])),
+            range: 0..0,
+            format: Format::Plain(Dtype::F32),
+            rows: 0,
+            cols: 0,
+        }
+    }
+}
+
 impl Weight {
     /// The numbers, borrowed.
     pub(crate) fn view(&self) -> WeightView<'_> {
@@ -59,6 +72,11 @@ impl Weight {
             Format::Plain(_) => InputKind::Float,
             Format::Packed(_) => InputKind::Int8,
         }
+    }
+
+    /// Its rows: the output width.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
     }
 
     /// Its columns: the input width.
@@ -118,16 +136,25 @@ impl Weight {
         Weight { storage: tensor.storage.clone(), range, format: Format::Packed(format), rows, cols }
     }
 
+    /// The bytes of `storage` from `start` on: panels of `format`, or f32.
+    pub(crate) fn from_memory(
+        storage: &Arc<Storage>,
+        start: usize,
+        format: Option<PackedFormat>,
+        rows: usize,
+        cols: usize,
+    ) -> Weight {
+        let (format, len) = match format {
+            Some(format) => (Format::Packed(format), format.weight_bytes(rows, cols)),
+            None => (Format::Plain(Dtype::F32), rows * cols * size_of::<f32>()),
+        };
+        Weight { storage: storage.clone(), range: start..start + len, format, rows, cols }
+    }
+
     /// A packed copy.
     pub(crate) fn pack(&self, cpu: &Cpu, format: PackedFormat) -> Weight {
-        let panel_bytes = format.panel_bytes(self.cols);
         let (mut storage, range) = Storage::aligned(format.weight_bytes(self.rows, self.cols));
-        let bytes = &mut storage.bytes_mut()[range.clone()];
-        let isa = cpu.isa();
-        cpu.for_each_slice(bytes, panel_bytes, |panel, out| {
-            let rows = panel * PANEL_ROWS..self.rows.min((panel + 1) * PANEL_ROWS);
-            pack_panel(isa, format, &widen(isa, self.matrix().slice_rows(rows).elements()), self.cols, out);
-        });
+        pack(cpu, self.matrix(), format, &mut storage.bytes_mut()[range.clone()]);
         Weight { storage: Arc::new(storage), range, format: Format::Packed(format), ..*self }
     }
 
@@ -181,9 +208,69 @@ impl Weight {
     }
 }
 
+/// Pack `matrix` into `out`, its panels in `format`.
+pub(crate) fn pack(cpu: &Cpu, matrix: Matrix<'_>, format: PackedFormat, out: &mut [u8]) {
+    let (isa, num_rows, cols) = (cpu.isa(), matrix.rows(), matrix.cols());
+    cpu.for_each_slice(out, format.panel_bytes(cols), |panel, out| {
+        let rows = panel * PANEL_ROWS..num_rows.min((panel + 1) * PANEL_ROWS);
+        pack_panel(isa, format, &widen(isa, matrix.slice_rows(rows).elements()), cols, out);
+    });
+}
+
 /// Numbers of any type as f32.
 pub(crate) fn widen(isa: Isa, elements: Elements<'_>) -> Vec<f32> {
     let mut numbers = vec![0.0; elements.len()];
     elements.widen(isa, &mut numbers);
     numbers
+}
+
+#[cfg(test)]
+mod tests {
+    use moge_kernels::{GroupedRows, PackedProduct, QuantizedRows, packed_gemm};
+
+    use super::*;
+
+    /// What packed products may differ by where a sum over columns is cut: inputs are quantised for each part.
+    const PART_TOLERANCE: f32 = 2e-2;
+
+    fn weight(rows: usize, cols: usize) -> Weight {
+        let numbers: Vec<f32> = (0..rows * cols).map(|i| (i * 7919 % 1009) as f32 / 504.5 - 1.0).collect();
+        let bytes: &[u8] = bytemuck::cast_slice(&numbers);
+        let (mut storage, range) = Storage::aligned(bytes.len());
+        storage.bytes_mut()[range.clone()].copy_from_slice(bytes);
+        Weight::from_memory(&Arc::new(storage), range.start, None, rows, cols)
+    }
+
+    fn product(cpu: &Cpu, weight: &Weight, x: &[f32]) -> Vec<f32> {
+        let mut out = vec![0.0; weight.rows()];
+        match weight.view() {
+            WeightView::Plain(weight) => moge_kernels::gemm(cpu, &mut out, x, weight, None),
+            WeightView::Packed(weight) => {
+                let mut quantized = QuantizedRows::default();
+                let rows = GroupedRows { offsets: &[0, 1], source_rows: None };
+                quantized.quantize(cpu, x, x.len(), rows);
+                packed_gemm(cpu, &quantized, [PackedProduct { out: &mut out, weight, bias: None }]);
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn parts_of_a_weight_multiply_as_the_whole_in_every_format() {
+        let (rows, cols) = (96, 160);
+        let cpu = Cpu::new(Isa::best(), 1);
+        let x: Vec<f32> = (0..cols).map(|i| (i * 37 % 101) as f32 / 101.0 - 0.5).collect();
+        let plain = weight(rows, cols);
+        let packed = [PackedFormat::W8A8, PackedFormat::W4A8].map(|format| plain.pack(&cpu, format));
+        for weight in packed.into_iter().chain([plain]) {
+            let whole = product(&cpu, &weight, &x);
+            let some = product(&cpu, &weight.clone().part(&Part::Rows(32..96)), &x);
+            assert_eq!(some, whole[32..]);
+            let halves =
+                [0..64, 64..160].map(|cols| product(&cpu, &weight.clone().part(&Part::Cols(cols.clone())), &x[cols]));
+            for (whole, sum) in whole.iter().zip(halves[0].iter().zip(&halves[1]).map(|(a, b)| a + b)) {
+                assert!((whole - sum).abs() <= PART_TOLERANCE, "{:?}: {whole}, {sum}", weight.format);
+            }
+        }
+    }
 }

@@ -9,7 +9,7 @@ use crate::network::tensors::{EMBEDDING_NAME, HEAD_NAME, MatrixSpec, PackedSpec,
 use crate::network::weight::Weight;
 
 /// All weights of a network.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Network<M = Weight, V = Vec<f32>> {
     /// Token embedding `[vocab_size, hidden_size]`.
     pub embedding: M,
@@ -327,13 +327,4 @@ impl TensorSource for SpecList {
     fn vector(&mut self, name: String, shape: &[usize], _: &Part) {
         self.specs.push(TensorSpec { name, shape: shape.to_vec(), packed: None });
     }
-}
-
-/// Bytes that the tensors of a network take in a file, those that are not packed in the type that `config` states.
-pub fn stored_bytes(config: &ModelConfig) -> u64 {
-    let bytes = |spec: &TensorSpec| match &spec.packed {
-        Some(packed) => packed.stored_shape().iter().map(|&size| size as u64).product(),
-        None => spec.num_elements().saturating_mul(config.dtype.size_bytes() as u64),
-    };
-    expected_tensors(config).iter().map(bytes).fold(0, u64::saturating_add)
 }

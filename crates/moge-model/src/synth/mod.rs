@@ -16,6 +16,7 @@ use thiserror::Error;
 use crate::checkpoint::shards::PlannedTensor;
 use crate::checkpoint::write_file::{WriteError, io_error, write_file};
 use crate::checkpoint::writer::{CheckpointWriter, DEFAULT_MAX_SHARD_BYTES};
+use crate::cost::NetworkCost;
 use crate::network::config::{Architecture, ConfigError, ModelConfig};
 use crate::network::tensors::TensorSpec;
 use crate::network::weights::expected_tensors;
@@ -69,9 +70,7 @@ impl SynthConfig {
     /// # Errors
     /// As [`SynthConfig::model_config`].
     pub fn weight_bytes(&self) -> Result<u64, SynthError> {
-        let tensors = expected_tensors(&self.model_config()?);
-        let num_elements = tensors.iter().map(TensorSpec::num_elements).fold(0, u64::saturating_add);
-        Ok(num_elements.saturating_mul(self.dtype.size_bytes() as u64))
+        Ok(NetworkCost::of(&self.model_config()?).total.bytes)
     }
 
     fn config_json(&self) -> Result<String, SynthError> {

@@ -9,7 +9,7 @@ use moge_model::{
 };
 use safetensors::SafeTensors;
 
-pub(crate) const CASES: [&str; 8] = [
+pub(crate) const CASES: [&str; 12] = [
     "pangu-pro-moe-v1",
     "pangu-pro-moe-k2",
     "pangu-embedded",
@@ -18,6 +18,10 @@ pub(crate) const CASES: [&str; 8] = [
     "qwen3-tied",
     "glm4",
     "glm4-rope-parameters",
+    "qwen3-moe",
+    "qwen3-moe-mixed",
+    "llama",
+    "llama3",
 ];
 
 /// A golden checkpoint and what the reference computed with it.

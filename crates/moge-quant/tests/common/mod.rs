@@ -48,6 +48,7 @@ pub(crate) fn quantize(model: &Path, out: &Path, scheme: QuantScheme) -> Result<
 }
 
 /// Quantise, and stop after `num_pieces`.
+#[expect(clippy::needless_pass_by_value, reason = "a scheme is made where it is used")]
 pub(crate) fn quantize_with(
     model: &Path,
     out: &Path,
@@ -57,7 +58,7 @@ pub(crate) fn quantize_with(
 ) -> Result<Damage, QuantizeError> {
     let cpu = Cpu::new(Isa::best(), num_threads);
     let mut left = num_pieces;
-    Job::open(model, out, scheme)?.run(&cpu, &mut |_, _| match left.checked_sub(1) {
+    Job::open(model, out, &scheme)?.run(&cpu, &mut |_, _| match left.checked_sub(1) {
         Some(less) => {
             left = less;
             ControlFlow::Continue(())

@@ -95,6 +95,7 @@ impl TestServer {
             max_running: 16,
             max_waiting: 64,
             eos_token_ids,
+            max_draft_tokens: 0,
         };
         let mut setup = Setup { server: server_config(), engine };
         change(&mut setup);
@@ -107,10 +108,11 @@ impl TestServer {
             max_model_len: CONTEXT,
             grammars,
         };
-        let engine = Engine::new(model, Cpu::new(Isa::select().unwrap(), 1), Some(tokenizer), &setup.engine);
+        let cpu = Cpu::new(Isa::select().unwrap(), 1);
+        let engine = Engine::new(model, &cpu, Some(tokenizer), &setup.engine);
         let server = Server::start(setup.server, || ()).unwrap();
         let address = server.address();
-        let thread = std::thread::spawn(move || server.run(engine, served, || ()));
+        let thread = std::thread::spawn(move || server.run(engine, cpu, served, || ()));
         let server = TestServer { address, thread, _folder: folder };
         eventually("the model is served", || server.get("/ready").status == 200);
         server

@@ -7,7 +7,6 @@ mod random;
 mod report;
 mod serve;
 mod train;
-mod work;
 
 use std::fmt::Debug;
 use std::time::Instant;

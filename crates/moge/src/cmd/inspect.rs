@@ -7,10 +7,8 @@ use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use indicatif::{DecimalBytes, HumanCount};
 use moge_kernels::Dtype;
-use moge_model::{
-    Checkpoint, CheckpointError, LoadMode, MlpConfig, ModelConfig, TensorSpec, count_non_finite, expected_tensors,
-    tensor_problems,
-};
+use moge_model::cost::{NetworkCost, kv_token_elements};
+use moge_model::{Checkpoint, CheckpointError, LoadMode, MlpConfig, ModelConfig, count_non_finite, tensor_problems};
 use serde::Serialize;
 
 use crate::{output, progress};
@@ -126,11 +124,14 @@ enum Mlp {
     },
     #[serde(rename = "grouped_experts")]
     Experts {
+        num_routed_layers: usize,
         num_experts: usize,
         num_expert_groups: usize,
         experts_per_token: usize,
         expert_intermediate_size: usize,
         shared_intermediate_size: Option<usize>,
+        /// Of the layers without experts, if there are some.
+        dense_intermediate_size: Option<usize>,
     },
 }
 
@@ -159,7 +160,7 @@ impl Report {
     /// What config.json alone tells.
     fn new(config: &ModelConfig) -> Report {
         let parameters = Parameters::of(config);
-        let kv_numbers = (2 * KV_TOKENS).saturating_mul((config.kv_size() * config.num_layers()) as u64);
+        let kv_elements = KV_TOKENS.saturating_mul(kv_token_elements(config));
         Report {
             architecture: config.architecture.hf_name(),
             num_layers: config.num_layers(),
@@ -177,7 +178,7 @@ impl Report {
                 Dtype::Bf16 => "bf16",
             },
             weight_bytes: PerDtype::of(parameters.total),
-            kv_bytes_per_1024_tokens: PerDtype::of(kv_numbers),
+            kv_bytes_per_1024_tokens: PerDtype::of(kv_elements),
             parameters,
             stored_bytes: None,
             tensor_problems: Vec::new(),
@@ -188,15 +189,20 @@ impl Report {
 
 impl Mlp {
     fn of(config: &ModelConfig) -> Mlp {
-        match config.layers.iter().max_by_key(|layer| layer.is_routed()).map(|layer| layer.mlp) {
-            None => unreachable!("a network has layers"),
-            Some(MlpConfig::Dense { intermediate_size }) => Mlp::Dense { intermediate_size },
-            Some(MlpConfig::Experts(moe)) => Mlp::Experts {
+        let dense = config.layers.iter().find_map(|layer| match layer.mlp {
+            MlpConfig::Dense { intermediate_size } => Some(intermediate_size),
+            MlpConfig::Experts(_) => None,
+        });
+        match config.moe() {
+            None => Mlp::Dense { intermediate_size: dense.unwrap_or(0) },
+            Some(moe) => Mlp::Experts {
+                num_routed_layers: config.num_routed_layers(),
                 num_experts: moe.num_experts,
                 num_expert_groups: moe.num_expert_groups(),
                 experts_per_token: moe.experts_per_token(),
                 expert_intermediate_size: moe.expert_intermediate_size,
                 shared_intermediate_size: moe.shared_intermediate_size,
+                dense_intermediate_size: dense,
             },
         }
     }
@@ -204,14 +210,8 @@ impl Mlp {
 
 impl Parameters {
     fn of(config: &ModelConfig) -> Parameters {
-        let total = expected_tensors(config).iter().map(TensorSpec::num_elements).fold(0, u64::saturating_add);
-        let idle = config.moe().map_or(0, |moe| {
-            // A routed expert has three projections between the two widths.
-            let per_expert = 3 * (config.hidden_size * moe.expert_intermediate_size) as u64;
-            let num_idle = (moe.num_experts - moe.experts_per_token()) * config.num_routed_layers();
-            per_expert.saturating_mul(num_idle as u64)
-        });
-        Parameters { total, active_per_token: total.saturating_sub(idle) }
+        let cost = NetworkCost::of(config);
+        Parameters { total: cost.total.num_weights, active_per_token: cost.active_per_token() }
     }
 }
 
@@ -257,20 +257,27 @@ impl fmt::Display for Mlp {
         match self {
             Mlp::Dense { intermediate_size } => write!(f, "dense, width {intermediate_size}"),
             Mlp::Experts {
+                num_routed_layers,
                 num_experts,
                 num_expert_groups,
                 experts_per_token,
                 expert_intermediate_size,
                 shared_intermediate_size,
-            } => write!(
-                f,
-                "{num_experts} experts in {num_expert_groups} expert groups, width {expert_intermediate_size}, \
-                 {experts_per_token} per token"
-            )
-            .and_then(|()| match shared_intermediate_size {
-                Some(width) => write!(f, "; shared expert, width {width}"),
-                None => Ok(()),
-            }),
+                dense_intermediate_size,
+            } => {
+                write!(f, "{num_experts} experts")?;
+                if *num_expert_groups > 1 {
+                    write!(f, " in {num_expert_groups} expert groups")?;
+                }
+                write!(f, ", width {expert_intermediate_size}, {experts_per_token} per token")?;
+                if let Some(width) = shared_intermediate_size {
+                    write!(f, "; shared expert, width {width}")?;
+                }
+                match dense_intermediate_size {
+                    Some(width) => write!(f, "; in {num_routed_layers} layers, the others dense, width {width}"),
+                    None => Ok(()),
+                }
+            }
         }
     }
 }

@@ -90,7 +90,7 @@ impl RoleFormat {
 
 /// Quantise as `args` say, and print what that did to the weights.
 pub(crate) fn run(args: &QuantizeArgs) -> Result<()> {
-    let job = Job::open(&args.model, &args.out, args.scheme())?;
+    let job = Job::open(&args.model, &args.out, &args.scheme())?;
     if args.shared_expert.is_some() && job.config().moe().and_then(|moe| moe.shared_intermediate_size).is_none() {
         bail!("--shared-expert: this network has none");
     }

@@ -78,6 +78,16 @@ fn every_combination_of_roles_in_a_template_like_glm4_renders_as_in_jinja2() {
 }
 
 #[test]
+fn a_template_like_smollm2s_renders_as_in_jinja2() {
+    assert_renders_as_jinja2(&template(&golden("smollm2_like.jinja")).unwrap(), "smollm2_like");
+}
+
+#[test]
+fn a_template_like_llama_3s_renders_as_in_jinja2() {
+    assert_renders_as_jinja2(&template(&golden("llama3_like.jinja")).unwrap(), "llama3_like");
+}
+
+#[test]
 fn every_combination_of_roles_in_the_built_in_template_renders_as_in_jinja2() {
     assert_renders_as_jinja2(&pangu(), "pangu");
 }

@@ -2,12 +2,12 @@
 
 use std::time::Instant;
 
-use moge_model::{BLOCK_SIZE, Batch, Cpu, KvCache, Model, StepOutput, WeightBytes, Workspace};
+use moge_model::cost::{NetworkCost, kv_token_bytes};
+use moge_model::{Batch, Cpu, KvCache, Model, StepOutput, Workspace};
 
 use super::case::{Case, Numbers, RandomTokens};
 use super::ceilings::{Ceiling, Ceilings};
 use super::report::{CaseReport, Repetition};
-use super::work::{step_bytes, step_ops};
 use crate::progress;
 
 /// A loaded model and what its cases are measured with.
@@ -15,7 +15,7 @@ pub(crate) struct Bench<'a> {
     model: &'a Model,
     cpu: &'a Cpu,
     numbers: Numbers,
-    weights: WeightBytes,
+    cost: NetworkCost,
     pub(crate) ceilings: Ceilings<'a>,
 }
 
@@ -37,7 +37,7 @@ struct Memory {
 impl<'a> Bench<'a> {
     /// What is needed to measure cases of `model`.
     pub(crate) fn new(model: &'a Model, cpu: &'a Cpu, numbers: Numbers) -> Bench<'a> {
-        Bench { model, cpu, numbers, weights: model.weight_bytes(), ceilings: Ceilings::new(cpu, model.config()) }
+        Bench { model, cpu, numbers, cost: model.cost(), ceilings: Ceilings::new(cpu, model.config()) }
     }
 
     /// Run a case again and again.
@@ -83,15 +83,15 @@ impl<'a> Bench<'a> {
     /// All steps of a case, once; the ceiling is left open.
     fn repeat(&self, case: Case, memory: &mut Memory) -> Repetition {
         let config = self.model.config();
-        let kv_token_bytes = KvCache::block_bytes(config, self.numbers.kv) / BLOCK_SIZE as u64;
+        let kv_token_bytes = kv_token_bytes(config, self.numbers.kv);
         let mut repetition = Repetition::default();
         for index in 0..case.num_steps() {
             let batch = case.step(index, &mut memory.tokens);
             repetition.seconds += self.step(&batch, memory);
             let experts_hit = memory.output.experts_hit(self.model.config());
             let work = match self.ceiling(case) {
-                Ceiling::Memory => step_bytes(&self.weights, kv_token_bytes, &batch, &experts_hit),
-                Ceiling::Int8 | Ceiling::Bf16 => step_ops(config, &batch),
+                Ceiling::Memory => self.cost.step_bytes(kv_token_bytes, &batch, &experts_hit),
+                Ceiling::Int8 | Ceiling::Bf16 => self.cost.step_ops(config, &batch),
             };
             repetition.work += work as f64;
             repetition.experts_hit += experts_hit.iter().sum::<usize>();

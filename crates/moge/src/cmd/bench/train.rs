@@ -95,7 +95,7 @@ pub(super) fn run(args: &TrainBenchArgs) -> Result<()> {
     let loss = LossConfig { aux: 0.001, z: 0.0 };
     let optimizer = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1.0 };
     let mut optimizer = Optimizer::new(TrainNetwork::new(&config), cpu, work, loss, optimizer);
-    let flops = optimizer.network().flops_per_token() * num_rows as u64;
+    let flops = optimizer.network().ops_per_token() * num_rows as u64;
     for step in 0..args.num_steps {
         let batch = read_batch(&tokens, args, step)?;
         let start = Instant::now();

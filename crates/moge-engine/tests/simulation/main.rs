@@ -2,16 +2,22 @@
 //! cache that holds a hash of all tokens up to each instead of keys and values, so that a wrong block, slot or position
 //! shows at once.
 
+mod client;
+mod counts;
+mod script;
+
 use std::collections::BTreeMap;
 
 use moge_engine::{
-    AdmitError, EngineStats, FinishReason, Request, RowLogprobs, Sampled, SamplingParams, ScheduledSequence, Scheduler,
+    AdmitError, EngineStats, FinishReason, Request, Sampled, SamplingParams, ScheduledSequence, Scheduler,
     SchedulerConfig, SeqId, SequenceOutput, SequenceResult, Step,
 };
 use moge_model::{BLOCK_SIZE, SequenceRows, TokenId};
 
-const EOS: TokenId = TokenId(0);
-const VOCAB_SIZE: usize = 23;
+use client::Client;
+use counts::Counts;
+use script::{EOS, Rng, VOCAB_SIZE, logprobs_of, places, scripted, text_hashes};
+
 const NUM_TRAFFIC_STEPS: usize = 300;
 
 #[test]
@@ -22,6 +28,7 @@ fn random_traffic_is_served_in_order_without_a_leak_or_a_lost_row() {
         for _ in 0..NUM_TRAFFIC_STEPS {
             simulation.arrive();
             simulation.cancel();
+            simulation.draft();
             simulation.step();
         }
         simulation.drain();
@@ -29,7 +36,7 @@ fn random_traffic_is_served_in_order_without_a_leak_or_a_lost_row() {
     }
     // The traffic reached every path.
     let Counts { stop, length, cancelled, failed, queue_full, never_fits, chunked, prompt_logprobs, .. } = total;
-    let Counts { preempted, cached, expert_ids, rows, .. } = total;
+    let Counts { preempted, cached, expert_ids, accepted, rejected, rows, .. } = total;
     let [waiting, preempted_first, prefill, decode] = cancelled;
     let ends = [stop, length, failed, queue_full, never_fits];
     for count in ends.into_iter().chain([chunked, prompt_logprobs, expert_ids, preempted, cached]) {
@@ -38,44 +45,8 @@ fn random_traffic_is_served_in_order_without_a_leak_or_a_lost_row() {
     for count in [waiting, preempted_first, prefill, decode] {
         assert!(count > 10, "{total:?}");
     }
+    assert!(accepted > 5_000 && rejected > 5_000, "{total:?}");
     assert!(rows > 50_000, "{total:?}");
-}
-
-/// How often things happened.
-#[derive(Debug, Default)]
-struct Counts {
-    stop: usize,
-    length: usize,
-    /// Before it began, after a preemption, in prefill, in decode.
-    cancelled: [usize; 4],
-    failed: usize,
-    queue_full: usize,
-    never_fits: usize,
-    chunked: usize,
-    prompt_logprobs: usize,
-    expert_ids: usize,
-    preempted: usize,
-    cached: usize,
-    /// Tokens computed, again ones among them.
-    rows: usize,
-}
-
-/// What a client knows about its sequence.
-struct Client {
-    params: SamplingParams,
-    num_prompt_tokens: usize,
-    /// Prompt and what was sampled.
-    tokens: Vec<TokenId>,
-    num_computed_tokens: usize,
-    has_prompt_logprobs: bool,
-    /// One number for each token, which says where it stands.
-    expert_ids: Vec<u8>,
-    num_ever_computed_tokens: usize,
-    was_preempted: bool,
-    /// How much of its prompt was in the cache when it began.
-    num_cached_tokens: Option<usize>,
-    /// The step before which it must have ended.
-    deadline: usize,
 }
 
 struct Simulation {
@@ -114,6 +85,7 @@ impl Simulation {
             max_running: rng.range(least_running, 11),
             max_waiting: rng.range(1, 8),
             eos_token_ids: vec![EOS],
+            max_draft_tokens: rng.range(0, 6),
         };
         let scheduler = Scheduler::new(config.clone(), None);
         let kv_cache = vec![[None; BLOCK_SIZE]; config.num_blocks];
@@ -162,20 +134,9 @@ impl Simulation {
             let request = Request { prompt: prompt.clone(), sampling: params.clone(), grammar: None };
             match self.scheduler.add_request(request) {
                 Ok(id) => {
-                    let num_prompt_tokens = prompt.len();
-                    let client = Client {
-                        params,
-                        num_prompt_tokens,
-                        tokens: prompt,
-                        num_computed_tokens: 0,
-                        has_prompt_logprobs: false,
-                        expert_ids: Vec::new(),
-                        num_ever_computed_tokens: 0,
-                        was_preempted: false,
-                        num_cached_tokens: None,
-                        // The oldest computes a token in every step.
-                        deadline: self.num_steps + (self.clients.len() + 1) * self.config.max_sequence_tokens,
-                    };
+                    // The oldest computes a token in every step.
+                    let deadline = self.num_steps + (self.clients.len() + 1) * self.config.max_sequence_tokens;
+                    let client = Client::new(params, prompt, deadline);
                     assert!(self.clients.last_key_value().is_none_or(|(&last, _)| last < id));
                     self.clients.insert(id, client);
                 }
@@ -209,13 +170,32 @@ impl Simulation {
             assert_eq!((output.id, output.finish_reason), (id, Some(FinishReason::Cancelled)));
             let moment = match client.num_computed_tokens {
                 0 => usize::from(client.was_preempted),
-                _ if client.is_prefill() => 2,
+                _ if client.is_prefill => 2,
                 _ => 3,
             };
             self.counts.cancelled[moment] += 1;
             self.num_kept_tokens += client.num_computed_tokens;
         }
         self.scheduler.check_integrity();
+    }
+
+    /// Perhaps propose what some sequences say next: rightly, wrongly, or rightly at first.
+    fn draft(&mut self) {
+        for (&id, client) in &mut self.clients {
+            if self.rng.one_in(2) {
+                continue;
+            }
+            let (num_tokens, num_right) = (self.rng.range(0, 8), self.rng.range(0, 12));
+            let mut tokens = client.tokens.clone();
+            for index in 0..num_tokens {
+                let random = if self.rng.one_in(9) { TokenId(VOCAB_SIZE as u32) } else { self.rng.token() };
+                tokens.push(if index < num_right { scripted(&tokens).unwrap_or(random) } else { random });
+            }
+            client.draft = tokens.split_off(client.tokens.len());
+            self.scheduler.set_draft(id, client.draft.clone());
+        }
+        // One that has never been.
+        self.scheduler.set_draft(SeqId(u64::MAX), vec![EOS]);
     }
 
     fn step(&mut self) {
@@ -230,8 +210,10 @@ impl Simulation {
             step.sequences.iter().zip(&step.batch.sequences).map(|(s, rows)| self.result(s, rows)).collect();
         let outputs = self.scheduler.postprocess(&step, results.clone());
         assert_eq!(outputs.len(), results.len());
-        for ((rows, result), output) in step.batch.sequences.iter().zip(results).zip(outputs) {
-            self.take_output(rows.num_rows, result, output);
+        for (((scheduled, rows), result), output) in
+            step.sequences.iter().zip(&step.batch.sequences).zip(results).zip(outputs)
+        {
+            self.take_output(scheduled, rows.num_rows, result, output);
         }
         self.num_steps += 1;
         assert!(self.clients.values().all(|client| self.num_steps < client.deadline), "a sequence starves");
@@ -264,6 +246,7 @@ impl Simulation {
             assert_ne!(Some(id), self.clients.keys().next(), "the oldest goes on");
             let client = self.clients.get_mut(id).expect("a sequence that nobody asked for");
             self.num_lost_tokens += std::mem::take(&mut client.num_computed_tokens);
+            client.is_prefill = true;
             client.was_preempted = true;
             self.stats.num_preemptions += 1;
             self.counts.preempted += 1;
@@ -315,25 +298,31 @@ impl Simulation {
             let SequenceRows { num_rows, first_position, ref block_table } = *rows;
             let end = first_position + num_rows;
             assert_eq!(first_position, client.num_computed_tokens, "each token is computed once and in order");
-            assert_eq!(batch.tokens[end_row..end_row + num_rows], client.tokens[first_position..end]);
-            assert_eq!(scheduled.samples, end == client.tokens.len());
+            let num_draft_rows = scheduled.num_draft_rows();
+            assert!(num_draft_rows <= self.config.max_draft_tokens);
+            let tokens = [&client.tokens, &client.draft[..num_draft_rows]].concat();
+            assert_eq!(batch.tokens[end_row..end_row + num_rows], tokens[first_position..end]);
+            let samples = end - num_draft_rows == client.tokens.len();
+            assert_eq!(scheduled.num_sample_rows, if samples { 1 + num_draft_rows } else { 0 });
             end_row += num_rows;
-            let texts = text_hashes(&client.tokens[..end]);
+            let texts = text_hashes(&tokens[..end]);
             for position in first_position..end {
                 let block = block_table[position / BLOCK_SIZE].0 as usize;
                 self.kv_cache[block][position % BLOCK_SIZE] = Some(texts[position]);
             }
             let slots = block_table.iter().flat_map(|block| self.kv_cache[block.0 as usize]);
             assert!(slots.take(end).eq(texts.into_iter().map(Some)), "the cache holds another text");
-            let is_prefill = client.is_prefill();
-            let num_logit_rows = if client.wants_prompt_logprobs() { num_rows } else { usize::from(scheduled.samples) };
-            assert_eq!(scheduled.num_logit_rows, num_logit_rows);
+            let is_prefill = client.is_prefill;
+            let num_prompt_logit_rows =
+                if client.wants_prompt_logprobs() { num_rows - scheduled.num_sample_rows } else { 0 };
+            assert_eq!(scheduled.num_prompt_logit_rows, num_prompt_logit_rows);
+            let num_logit_rows = num_prompt_logit_rows + scheduled.num_sample_rows;
             logit_rows.extend((end_row - num_logit_rows) as u32..end_row as u32);
             let num_new_tokens = end.saturating_sub(client.num_ever_computed_tokens);
             let num_route_rows = if client.params.return_expert_ids { num_new_tokens } else { 0 };
             assert_eq!(scheduled.num_route_rows, num_route_rows);
             route_rows.extend((end_row - num_route_rows) as u32..end_row as u32);
-            self.counts.chunked += usize::from(is_prefill && !scheduled.samples);
+            self.counts.chunked += usize::from(is_prefill && !samples);
         }
         assert_eq!(batch.logit_rows, logit_rows);
         assert_eq!(batch.route_rows, route_rows);
@@ -342,7 +331,7 @@ impl Simulation {
 
     /// All decodes come first; then prefills in order of arrival, none started before an older one.
     fn check_fairness(&self, step: &Step) {
-        let is_decode = |id: &SeqId| !self.clients[id].is_prefill();
+        let is_decode = |id: &SeqId| !self.clients[id].is_prefill;
         let scheduled: Vec<SeqId> = step.sequences.iter().map(|s| s.id).collect();
         let decodes: Vec<SeqId> = self.clients.keys().copied().filter(is_decode).collect();
         assert_eq!(scheduled[..decodes.len()], decodes);
@@ -355,7 +344,8 @@ impl Simulation {
         assert!(waits.is_none_or(|id| wanted_prompt_logits(id) || youngest < Some(id)));
     }
 
-    fn result(&mut self, scheduled: &ScheduledSequence, rows: &SequenceRows) -> SequenceResult {
+    /// What sampling makes of the rows of a sequence.
+    fn result(&self, scheduled: &ScheduledSequence, rows: &SequenceRows) -> SequenceResult {
         let client = &self.clients[&scheduled.id];
         let end = rows.first_position + rows.num_rows;
         let mut prompt_logprobs = Vec::new();
@@ -364,19 +354,60 @@ impl Simulation {
             let in_prompt = following.filter(|&position| position < client.num_prompt_tokens);
             prompt_logprobs.extend(in_prompt.map(|position| logprobs_of(client.tokens[position])));
         }
-        let sampled = scheduled.samples.then(|| {
-            let token = self.rng.token();
-            if self.rng.one_in(500) { Err(FinishReason::NoFiniteLogit) } else { Ok(Sampled { token, logprobs: None }) }
-        });
-        SequenceResult { prompt_logprobs, sampled, expert_ids: places(end - scheduled.num_route_rows..end) }
+        let expert_ids = places(end - scheduled.num_route_rows..end);
+        let mut result = SequenceResult { prompt_logprobs, expert_ids, ..SequenceResult::default() };
+        let mut tokens = client.tokens.clone();
+        for index in 0..scheduled.num_sample_rows {
+            match scripted(&tokens) {
+                Err(reason) => {
+                    result.end = Some(reason);
+                    break;
+                }
+                Ok(token) => {
+                    result.sampled.push(Sampled { token, logprobs: None });
+                    tokens.push(token);
+                    if client.draft.get(index) != Some(&token) {
+                        break;
+                    }
+                }
+            }
+        }
+        result
     }
 
-    fn take_output(&mut self, num_rows: usize, result: SequenceResult, output: SequenceOutput) {
+    fn take_output(
+        &mut self,
+        scheduled: &ScheduledSequence,
+        num_rows: usize,
+        result: SequenceResult,
+        output: SequenceOutput,
+    ) {
         let client = self.clients.get_mut(&output.id).expect("a sequence that nobody asked for");
-        let was_prefill = client.is_prefill();
-        client.num_computed_tokens += num_rows;
+        let mut finish_reason = None;
+        let mut taken = result.sampled.into_iter();
+        let num_prefilled_tokens = if client.is_prefill { num_rows - scheduled.num_draft_rows() } else { 0 };
+        assert_eq!(output.num_prefilled_tokens, num_prefilled_tokens);
+        let mut num_used_rows = 0;
+        for sampled in &output.sampled {
+            assert_eq!((finish_reason, taken.next().as_ref()), (None, Some(sampled)));
+            finish_reason = client.append(sampled.token, &self.config);
+            num_used_rows += 1;
+        }
+        if finish_reason.is_none() {
+            assert_eq!(taken.next(), None, "nothing sampled is lost but what comes after an end");
+            finish_reason = result.end;
+            num_used_rows += usize::from(result.end.is_some());
+        }
+        assert_eq!(output.finish_reason, finish_reason);
+        let num_rejected_rows = scheduled.num_sample_rows - num_used_rows;
+        client.num_computed_tokens += num_rows - num_rejected_rows;
+        self.counts.rows -= num_rejected_rows;
+        self.counts.rejected += num_rejected_rows;
+        self.counts.accepted += num_used_rows.saturating_sub(1);
+        if scheduled.num_sample_rows > 0 {
+            (client.is_prefill, client.draft) = (false, Vec::new());
+        }
         assert_eq!(Some(output.num_cached_tokens), client.num_cached_tokens);
-        assert_eq!(output.num_prefilled_tokens, if was_prefill { num_rows } else { 0 });
         let prompt_is_complete = client.num_computed_tokens >= client.num_prompt_tokens;
         assert_eq!(output.prompt_logprobs.is_some(), prompt_is_complete && client.wants_prompt_logprobs());
         client.has_prompt_logprobs |= output.prompt_logprobs.is_some();
@@ -389,114 +420,24 @@ impl Simulation {
         client.num_ever_computed_tokens = client.num_ever_computed_tokens.max(client.num_computed_tokens);
         let num_known = if client.params.return_expert_ids { client.num_ever_computed_tokens } else { 0 };
         assert_eq!(client.expert_ids, places(0..num_known), "nothing twice, nothing left out");
-        let expected = match result.sampled.clone() {
-            None => None,
-            Some(Err(finish_reason)) => Some(finish_reason),
-            Some(Ok(sampled)) => client.append(sampled.token, &self.config),
-        };
-        assert_eq!(output.finish_reason, expected);
-        assert_eq!(output.sampled, result.sampled.and_then(Result::ok));
-        match expected {
-            None => return,
-            Some(FinishReason::Stop) => self.counts.stop += 1,
-            Some(FinishReason::Length) => self.counts.length += 1,
-            Some(FinishReason::NoFiniteLogit) => self.counts.failed += 1,
-            Some(FinishReason::Cancelled | FinishReason::GrammarFailed) => {
+        if let Some(reason) = finish_reason {
+            self.finish(output.id, reason);
+        }
+    }
+
+    /// A sequence has ended as it would have done alone.
+    fn finish(&mut self, id: SeqId, reason: FinishReason) {
+        match reason {
+            FinishReason::Stop => self.counts.stop += 1,
+            FinishReason::Length => self.counts.length += 1,
+            FinishReason::NoFiniteLogit => self.counts.failed += 1,
+            FinishReason::Cancelled | FinishReason::GrammarFailed => {
                 panic!("nobody cancelled, and there is no grammar")
             }
         }
+        let client = self.clients.remove(&id).expect("it is there");
+        assert_eq!((client.tokens.clone(), reason), client.expected(&self.config));
         self.counts.expert_ids += usize::from(client.params.return_expert_ids);
-        let client = self.clients.remove(&output.id).expect("it is there");
         self.num_kept_tokens += client.num_computed_tokens;
-    }
-}
-
-impl Client {
-    fn is_prefill(&self) -> bool {
-        self.num_computed_tokens < self.num_prompt_tokens || self.tokens.len() - self.num_computed_tokens > 1
-    }
-
-    fn wants_prompt_logprobs(&self) -> bool {
-        self.params.prompt_logprobs.is_some() && !self.has_prompt_logprobs
-    }
-
-    /// Take a token; whether and why it must be the last one.
-    fn append(&mut self, token: TokenId, config: &SchedulerConfig) -> Option<FinishReason> {
-        self.tokens.push(token);
-        let num_output_tokens = self.tokens.len() - self.num_prompt_tokens;
-        let is_eos = token == EOS && !self.params.ignore_eos;
-        if num_output_tokens > self.params.min_tokens && (is_eos || self.params.stop_token_ids.contains(&token)) {
-            return Some(FinishReason::Stop);
-        }
-        let context = config.max_sequence_tokens;
-        let is_full = match self.params.max_tokens {
-            Some(max_tokens) => num_output_tokens == max_tokens || self.tokens.len() == context,
-            None => self.tokens.len() == context.min(config.num_blocks * BLOCK_SIZE),
-        };
-        is_full.then_some(FinishReason::Length)
-    }
-}
-
-impl Counts {
-    fn add(&mut self, other: &Counts) {
-        self.stop += other.stop;
-        self.length += other.length;
-        for (count, other) in self.cancelled.iter_mut().zip(other.cancelled) {
-            *count += other;
-        }
-        self.failed += other.failed;
-        self.queue_full += other.queue_full;
-        self.never_fits += other.never_fits;
-        self.chunked += other.chunked;
-        self.prompt_logprobs += other.prompt_logprobs;
-        self.preempted += other.preempted;
-        self.cached += other.cached;
-        self.expert_ids += other.expert_ids;
-        self.rows += other.rows;
-    }
-}
-
-/// For each token a hash of it and all before it.
-fn text_hashes(tokens: &[TokenId]) -> Vec<u64> {
-    let mut hash = Rng(0);
-    let next = |token: &TokenId| {
-        hash.0 ^= u64::from(token.0);
-        hash.0 = hash.next();
-        hash.0
-    };
-    tokens.iter().map(next).collect()
-}
-
-/// What stands for the experts of the tokens at `positions`.
-fn places(positions: std::ops::Range<usize>) -> Vec<u8> {
-    positions.map(|position| position as u8).collect()
-}
-
-fn logprobs_of(token: TokenId) -> RowLogprobs {
-    RowLogprobs { token, logprob: -1.0 - f64::from(token.0), top: Vec::new() }
-}
-
-/// SplitMix64.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    /// At least `low`, below `high`.
-    fn range(&mut self, low: usize, high: usize) -> usize {
-        low + (self.next() % (high - low) as u64) as usize
-    }
-
-    fn one_in(&mut self, n: usize) -> bool {
-        self.range(0, n) == 0
-    }
-
-    fn token(&mut self) -> TokenId {
-        TokenId(self.range(0, VOCAB_SIZE) as u32)
     }
 }

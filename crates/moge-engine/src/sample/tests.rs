@@ -1,7 +1,9 @@
+use std::collections::BTreeMap;
+
 use moge_model::{BLOCK_SIZE, Batch};
 
 use super::*;
-use crate::{RowLogprobs, SamplingParams};
+use crate::{Request, Scheduler, SchedulerConfig};
 
 const VOCAB_SIZE: usize = 19;
 const NUM_BLOCKS: usize = 90;
@@ -48,6 +50,15 @@ struct Answer {
 
 /// Serve `requests`, each added before the step of the given number; the answers in the same order.
 fn serve(max_batched_tokens: usize, requests: &[(usize, Request)]) -> Vec<Answer> {
+    serve_with_drafts(max_batched_tokens, requests, &|_, _| Vec::new())
+}
+
+/// The same where `drafter` proposes what follows the tokens that a request has said so far.
+fn serve_with_drafts(
+    max_batched_tokens: usize,
+    requests: &[(usize, Request)],
+    drafter: &dyn Fn(usize, &[Sampled]) -> Vec<TokenId>,
+) -> Vec<Answer> {
     let mut scheduler = Scheduler::new(
         SchedulerConfig {
             vocab_size: VOCAB_SIZE,
@@ -57,6 +68,7 @@ fn serve(max_batched_tokens: usize, requests: &[(usize, Request)]) -> Vec<Answer
             max_running: 21,
             max_waiting: 30,
             eos_token_ids: vec![EOS, TokenId(VOCAB_SIZE as u32)], // one that a file may name and no model can sample
+            max_draft_tokens: 5,
         },
         None,
     );
@@ -69,13 +81,17 @@ fn serve(max_batched_tokens: usize, requests: &[(usize, Request)]) -> Vec<Answer
         for (index, (_, request)) in requests.iter().enumerate().filter(|(_, (arrival, _))| *arrival == number) {
             index_of.insert(scheduler.add_request(request.clone()).unwrap(), index);
         }
+        for (&id, &index) in &index_of {
+            scheduler.set_draft(id, drafter(index, &answers[index].sampled));
+        }
         let Some(step) = scheduler.schedule() else {
             if number >= last_arrival {
                 break;
             }
             continue;
         };
-        let results = sample(&mut sampler, &scheduler, &step, &model.forward(&step.batch), BTreeMap::new());
+        let rows = scheduler.logit_rows(&step, BTreeMap::new());
+        let results = sample(&mut sampler, &rows, &model.forward(&step.batch), VOCAB_SIZE);
         for output in scheduler.postprocess(&step, results) {
             let answer = &mut answers[index_of[&output.id]];
             assert_eq!(answer.finish_reason, None);
@@ -121,6 +137,24 @@ fn the_same_seed_gives_the_same_answer_in_any_batch_and_with_any_chunks() {
             let requests: Vec<(usize, Request)> = (0..17).map(|n| ((n * 7 % 17) * spread, request(n))).collect();
             let together = serve(max_batched_tokens, &requests);
             assert_eq!(together, alone, "{max_batched_tokens} tokens per step, a request every {spread} steps");
+        }
+    }
+}
+
+#[test]
+fn a_draft_changes_no_token_and_no_log_probability() {
+    let alone: Vec<Answer> = (0..17).map(|n| serve_one(request(n))).collect();
+    for max_batched_tokens in [7, 64, 1000] {
+        for num_right in 0..6 {
+            let drafter = |index: usize, said: &[Sampled]| {
+                let mut rest: Vec<TokenId> = alone[index].sampled[said.len()..].iter().map(|s| s.token).collect();
+                // None is what is said there.
+                rest.iter_mut().skip(num_right).for_each(|token| token.0 = (token.0 + 1) % VOCAB_SIZE as u32);
+                rest
+            };
+            let requests: Vec<(usize, Request)> = (0..17).map(|n| (n % 4, request(n))).collect();
+            let together = serve_with_drafts(max_batched_tokens, &requests, &drafter);
+            assert_eq!(together, alone, "{max_batched_tokens} tokens per step, {num_right} of a draft are right");
         }
     }
 }
@@ -178,6 +212,7 @@ fn a_row_without_a_possible_token_ends_its_own_sequence_only() {
             max_running: 4,
             max_waiting: 6,
             eos_token_ids: vec![],
+            max_draft_tokens: 0,
         },
         None,
     );
@@ -187,11 +222,12 @@ fn a_row_without_a_possible_token_ends_its_own_sequence_only() {
     });
     let step = scheduler.schedule().unwrap();
     let logits = [f32::NAN, f32::NAN, f32::NEG_INFINITY, 1.0, f32::NAN, 2.0];
-    let results = sample(&mut Sampler::default(), &scheduler, &step, &logits, BTreeMap::new());
-    assert_eq!(results[0].sampled, Some(Err(FinishReason::NoFiniteLogit)));
+    let rows = scheduler.logit_rows(&step, BTreeMap::new());
+    let results = sample(&mut Sampler::default(), &rows, &logits, 3);
+    assert_eq!((&results[0].sampled[..], results[0].end), (&[][..], Some(FinishReason::NoFiniteLogit)));
     let outputs = scheduler.postprocess(&step, results);
     assert_eq!((outputs[0].id, outputs[0].finish_reason), (broken, Some(FinishReason::NoFiniteLogit)));
     assert_eq!((outputs[1].id, outputs[1].finish_reason), (sound, None));
-    assert_eq!(outputs[1].sampled, Some(Sampled { token: TokenId(2), logprobs: None }));
+    assert_eq!(outputs[1].sampled, [Sampled { token: TokenId(2), logprobs: None }]);
     assert_eq!((scheduler.num_running(), scheduler.num_free_blocks()), (1, 1));
 }
