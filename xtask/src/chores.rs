@@ -142,11 +142,10 @@ impl Step {
         command.args(self.args.split(' ')).envs(self.env);
         match self.kind {
             Kind::Own(run) => return run(),
-            Kind::Tests => return Ok(Outcome::Tested(Tally::of_tests(&mut command)?)),
             Kind::BetterThanAvx2 if !has_more_than_avx2() => {
                 return Ok(Outcome::Skipped { missing: "this CPU has no more than AVX2".to_owned() });
             }
-            Kind::BetterThanAvx2 => return Ok(Outcome::Tested(Tally::of_tests(&mut command)?)),
+            Kind::Tests | Kind::BetterThanAvx2 => return Ok(Outcome::Tested(Tally::of_tests(&mut command)?)),
             Kind::Optional if !self.is_installed()? => {
                 let missing = format!("cargo-{}", self.subcommand());
                 let missing = format!("{missing} is not installed (cargo install --locked {missing})");

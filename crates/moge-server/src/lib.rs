@@ -9,6 +9,8 @@ mod blocking;
 mod body;
 mod clock;
 mod conversation;
+#[cfg(test)]
+mod draft_tests;
 mod engine_thread;
 mod error;
 mod expert_ids;

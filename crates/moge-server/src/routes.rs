@@ -1,4 +1,4 @@
-//! What is answered at which path.
+//! Paths and their handlers.
 
 mod chat;
 mod completions;
@@ -34,7 +34,7 @@ fn routes() -> Vec<(&'static str, MethodRouter<AppState>)> {
     ]
 }
 
-/// What answers all paths.
+/// The router of all paths.
 pub(crate) fn router(state: AppState) -> Router {
     let routes = routes().into_iter();
     routes

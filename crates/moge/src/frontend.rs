@@ -5,19 +5,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use clap::Args;
 use clap::builder::RangedU64ValueParser;
-use clap::{Args, ValueEnum};
 use indicatif::DecimalBytes;
 use moge_engine::{Engine, EngineConfig, SamplingParams};
 use moge_model::cost::NetworkCost;
 use moge_model::synth::write_checkpoint;
 use moge_model::{
     Architecture, BLOCK_SIZE, ChatTemplate, ChatTemplateError, Checkpoint, Cpu, Dtype, GenerationDefaults, Isa,
-    KvCache, KvType, LoadMode, MAX_THREADS, Model, ModelConfig, PackedFormat, Precision, QuantScheme, TokenId,
-    Tokenizer, TokenizerError, Workspace, available_threads, eos_token_ids,
+    KvCache, KvType, LoadMode, MAX_THREADS, Model, ModelConfig, Precision, QuantScheme, TokenId, Tokenizer,
+    TokenizerError, Workspace, available_threads, eos_token_ids,
 };
 use tempfile::TempDir;
 
+use crate::args::{DtypeArg, FormatArg, KvArg, LoadArg};
 use crate::cmd::synth::{check_free_space, find_preset};
 use crate::interrupt::Interrupt;
 use crate::memory::{MemoryPlan, available_bytes};
@@ -67,58 +68,6 @@ struct ModelSource {
     /// (`moge synth --help` lists them)
     #[arg(long, value_name = "PRESET")]
     synthetic: Option<String>,
-}
-
-/// Precision of activations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum DtypeArg {
-    /// As the checkpoint says.
-    Auto,
-    /// Activations in f32; weights are widened as they are read.
-    F32,
-    /// Activations rounded to bf16, sums in f32.
-    Bf16,
-}
-
-/// How weights are quantised.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum FormatArg {
-    /// Eight bits, a scale for each output.
-    W8a8,
-    /// Four bits, a scale for each output and 32 inputs; the output head in eight.
-    W4a8,
-}
-
-impl FormatArg {
-    /// The format.
-    pub(crate) fn format(self) -> PackedFormat {
-        match self {
-            FormatArg::W8a8 => PackedFormat::W8A8,
-            FormatArg::W4a8 => PackedFormat::W4A8,
-        }
-    }
-}
-
-/// How the KV cache stores its numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum KvArg {
-    /// As the activations are.
-    Auto,
-    /// f32.
-    F32,
-    /// bf16.
-    Bf16,
-    /// int8 with a scale for each token and head.
-    Int8,
-}
-
-/// How the weights come into memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum LoadArg {
-    /// Map the files.
-    Mmap,
-    /// Read the files.
-    Read,
 }
 
 /// How to sample. What is not given comes from the checkpoint's `generation_config.json`, else greedy.

@@ -3,6 +3,7 @@
 // Printing goes through `output`, which bears a closed pipe.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+mod args;
 mod cmd;
 mod conversation;
 mod frontend;
