@@ -3,13 +3,11 @@
 //! A task is a list of steps and a step is one cargo command, printed before it runs, so that it can be repeated by
 //! hand. The first step that fails ends the task.
 
-use std::fmt;
-use std::io::{self, BufRead, BufReader, Write};
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::outcome::{Outcome, Tally};
 use crate::{cargo, clients};
 
 /// One cargo command.
@@ -26,6 +24,8 @@ enum Kind {
     Plain,
     /// Runs tests: they are counted, and having found none is a failure.
     Tests,
+    /// The same, skipped where AVX2 is the best that the CPU has, or more than it has.
+    TestsBelowBestIsa,
     /// Needs a program that does not come with Rust: skipped, visibly, where it is not installed.
     Optional,
     /// Done here and not by cargo; the command line only repeats it.
@@ -55,6 +55,13 @@ const TEST: &[Step] = &[
         args: "test --workspace --no-fail-fast",
         env: Some(("MOGE_ISA", "scalar")),
         kind: Kind::Tests,
+    },
+    // What most CPUs have, where this one has more.
+    Step {
+        name: "avx2",
+        args: "test --workspace --no-fail-fast",
+        env: Some(("MOGE_ISA", "avx2")),
+        kind: Kind::TestsBelowBestIsa,
     },
     // A target directory of its own, because other RUSTFLAGS would throw away what the usual one holds.
     Step {
@@ -136,7 +143,10 @@ impl Step {
         command.args(self.args.split(' ')).envs(self.env);
         match self.kind {
             Kind::Own(run) => return run(),
-            Kind::Tests => return Ok(Outcome::Tested(Tally::of_tests(&mut command)?)),
+            Kind::TestsBelowBestIsa if !has_more_than_avx2() => {
+                return Ok(Outcome::Skipped { missing: "a CPU with more than AVX2".to_owned() });
+            }
+            Kind::Tests | Kind::TestsBelowBestIsa => return Ok(Outcome::Tested(Tally::of_tests(&mut command)?)),
             Kind::Optional if !self.is_installed()? => {
                 let missing = format!("cargo-{}", self.subcommand());
                 let missing = format!("{missing} is not installed (cargo install --locked {missing})");
@@ -161,78 +171,17 @@ impl Step {
     }
 }
 
-/// How a step ended that did not fail.
-pub(crate) enum Outcome {
-    Passed,
-    Tested(Tally),
-    Skipped { missing: String },
-}
-
-impl fmt::Display for Outcome {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Outcome::Passed => f.write_str("ok"),
-            Outcome::Tested(tally) => write!(f, "ok, {tally}"),
-            Outcome::Skipped { missing } => write!(f, "SKIPPED: {missing}"),
-        }
-    }
-}
-
-/// What `test result:` lines count, and the words after the counts.
-const COUNTED: [&str; 5] = ["passed", "failed", "ignored", "measured", "filtered out"];
-
-/// Counts in the order of [`COUNTED`].
-#[derive(Default)]
-pub(crate) struct Tally([u64; 5]);
-
-impl Tally {
-    /// Run `command` and count the tests that it says it has run.
-    ///
-    /// # Errors
-    /// If it fails, or ran no test.
-    pub(crate) fn of_tests(command: &mut Command) -> Result<Tally> {
-        let program = command.get_program().to_string_lossy().into_owned();
-        let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot start {program}"))?;
-        let mut tally = Tally::default();
-        if let Some(stdout) = child.stdout.take() {
-            for line in BufReader::new(stdout).split(b'\n') {
-                let line = line.context("cannot read what the tests print")?;
-                tally.read_line(&String::from_utf8_lossy(&line));
-                io::stdout().write_all(&[&line[..], b"\n"].concat()).context("cannot pass on what the tests print")?;
-            }
-        }
-        let status = child.wait().with_context(|| format!("cannot wait for {program}"))?;
-        if !status.success() {
-            bail!("{status}");
-        }
-        if tally.passed() == 0 {
-            bail!("it ran no test");
-        }
-        Ok(tally)
-    }
-
-    /// Count one test binary, if `line` is its `test result: ok. 5 passed; 0 failed; ..`.
-    fn read_line(&mut self, line: &str) {
-        let Some((_, counts)) = line.split_once("test result: ") else { return };
-        let numbers = counts.split(|c: char| !c.is_ascii_digit()).filter_map(|digits| digits.parse::<u64>().ok());
-        self.0.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number);
-    }
-
-    fn passed(&self) -> u64 {
-        self.0[0]
-    }
-}
-
-impl fmt::Display for Tally {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let counts: Vec<String> = self.0.iter().zip(COUNTED).map(|(count, what)| format!("{count} {what}")).collect();
-        f.write_str(&counts.join("; "))
-    }
+/// True if the CPU has one of the instruction sets that `MOGE_ISA` places above AVX2.
+fn has_more_than_avx2() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512f") || is_x86_feature_detected!("avxvnni");
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{CHECK, TEST, Tally, select};
+    use super::{CHECK, TEST, select};
 
     #[test]
     fn every_step_has_a_name_of_its_own_and_can_be_chosen_by_it() {
@@ -247,18 +196,5 @@ mod tests {
     fn an_unknown_step_is_refused_with_the_list_of_steps() {
         let error = select(CHECK.iter(), &["clipy".to_string()]).err().unwrap().to_string();
         assert_eq!(error, "no step is called `clipy`; there are fmt, clippy, doc, tidy, deny");
-    }
-
-    #[test]
-    fn the_summaries_of_all_test_binaries_are_added_up() {
-        let mut tally = Tally::default();
-        tally.read_line(
-            "test result: ok. 7 passed; 0 failed; 2 ignored; 0 measured; 11 filtered out; finished in 0.31s",
-        );
-        tally.read_line("test weights::a_line_between ... ok");
-        tally.read_line(
-            "test result: FAILED. 5 passed; 1 failed; 0 ignored; 0 measured; 3 filtered out; finished in 4.00s",
-        );
-        assert_eq!(tally.to_string(), "12 passed; 1 failed; 2 ignored; 0 measured; 14 filtered out");
     }
 }

@@ -10,8 +10,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::chores::{Outcome, Tally};
 use crate::command::{output_of, require_program, run_visibly};
+use crate::outcome::{Outcome, Tally};
 use crate::venv::{self, once};
 use crate::{cargo, root};
 

@@ -4,6 +4,7 @@ mod bench;
 mod chores;
 mod clients;
 mod command;
+mod outcome;
 mod peers;
 mod picture;
 mod train;

@@ -78,18 +78,23 @@ pub(crate) fn check_training(plan: TrainMemory, available_bytes: u64) -> Result<
 /// Memory that can be had without swapping, within the limits of the control groups we are in. `None` where the system
 /// does not tell.
 pub(crate) fn available_bytes() -> Option<u64> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    let limit = control_group_bytes().unwrap_or(u64::MAX);
-    Some((kib * 1024).min(limit))
+    let system = mem_available(&std::fs::read_to_string("/proc/meminfo").ok()?)?;
+    let groups = std::fs::read_to_string("/proc/self/cgroup").ok();
+    let limit = groups.and_then(|groups| control_group_bytes(&groups, Path::new("/sys/fs/cgroup")));
+    Some(limit.map_or(system, |limit| system.min(limit)))
 }
 
-/// What the control groups (version 2) leave; page cache counts as free, as it does in `MemAvailable`.
-fn control_group_bytes() -> Option<u64> {
-    let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+/// `MemAvailable` in the text of `/proc/meminfo`.
+fn mem_available(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+/// Bytes that the control groups (version 2) leave, by the text of `/proc/self/cgroup` and the folder where the groups
+/// are mounted. Page cache counts as free, as it does in `MemAvailable`.
+fn control_group_bytes(groups: &str, root: &Path) -> Option<u64> {
     let own = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    let root = Path::new("/sys/fs/cgroup");
     let leaf = root.join(own);
     let levels = leaf.ancestors().take_while(|dir| dir.starts_with(root));
     levels.filter_map(control_group_level).min()
@@ -132,7 +137,34 @@ mod tests {
     }
 
     #[test]
-    fn this_machine_has_memory() {
-        assert!(available_bytes().is_none_or(|bytes| bytes > 1_000_000));
+    fn available_memory_is_read_in_kib_or_not_at_all() {
+        let meminfo =
+            "MemTotal:       24689764 kB\nMemFree:         1000000 kB\nMemAvailable:   23456789 kB\nBuffers: 7 kB\n";
+        assert_eq!(mem_available(meminfo), Some(23_456_789 * 1024));
+        for unreadable in ["", "MemFree: 5 kB\n", "MemAvailable: 5 MB\n", "MemAvailable: 18446744073709551615 kB\n"] {
+            assert_eq!(mem_available(unreadable), None, "{unreadable}");
+        }
+    }
+
+    #[test]
+    fn the_tightest_control_group_above_us_limits_memory_and_page_cache_counts_as_free() {
+        let folder = tempfile::tempdir().unwrap();
+        let group = |path: &str, max: &str, current: u64, file_cache: u64| {
+            let dir = folder.path().join(path);
+            std::fs::create_dir_all(&dir).unwrap();
+            std::fs::write(dir.join("memory.max"), format!("{max}\n")).unwrap();
+            std::fs::write(dir.join("memory.current"), format!("{current}\n")).unwrap();
+            std::fs::write(dir.join("memory.stat"), format!("anon 5\nfile {file_cache}\nkernel 3\n")).unwrap();
+        };
+        group("a", "9000", 5000, 1000);
+        group("a/b", "max", 4000, 900);
+        group("a/b/c", "7000", 1500, 300);
+        group("other", "1", 1, 0);
+        let left = |groups: &str| control_group_bytes(groups, folder.path());
+        assert_eq!(left("0::/a/b/c\n"), Some(5000), "the group `a` leaves less than `c`");
+        assert_eq!(left("1:memory:/x\n0::/a\n"), Some(5000));
+        assert_eq!(left("0::/a/b/c/d\n"), Some(5000), "a group without limit of its own");
+        assert_eq!(left("0::/\n"), None);
+        assert_eq!(left("1:memory:/a\n"), None, "version 1");
     }
 }

@@ -5,14 +5,14 @@
 mod serving;
 
 use std::fs;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use serving::{Connection, Response, Server, serve, signal, wait_for};
+use serving::{Connection, Server, serve, wait_for};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
@@ -58,14 +58,20 @@ fn half_open_connections_hold_up_nobody_and_bodies_that_never_come_get_408() {
     for connection in &mut without_head {
         connection.send(b"POST /v1/comple").unwrap();
     }
-    let start = Instant::now();
-    server.check_serves();
-    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
-    for mut connection in without_body {
-        let response = connection.receive().unwrap();
-        assert_eq!(response.status, 408, "{}", response.text());
-        assert!(connection.is_closed());
-    }
+    let num_refused = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for mut connection in without_body {
+            let num_refused = &num_refused;
+            scope.spawn(move || {
+                let response = connection.receive().unwrap();
+                num_refused.fetch_add(1, Ordering::Relaxed);
+                assert_eq!(response.status, 408, "{}", response.text());
+                assert!(connection.is_closed());
+            });
+        }
+        server.check_serves();
+        assert_eq!(num_refused.load(Ordering::Relaxed), 0, "others are served while these are waited for");
+    });
     // It is late, but not too late.
     let late = &mut without_head[0];
     late.send(b"tions HTTP/1.1\r\nhost: test\r\ncontent-length: 0\r\n\r\n").unwrap();
@@ -382,81 +388,6 @@ fn of_ten_thousand_requests_some_are_told_to_come_again_and_all_others_answered(
     server.check_serves();
 }
 
-/// Streams that have begun.
-fn streams(server: &Server, number: usize, body: &Value) -> Vec<Connection> {
-    let begin = |_| {
-        let mut connection = server.connect();
-        send(&mut connection, body);
-        assert_eq!(connection.receive_head().unwrap().status, 200);
-        connection
-    };
-    (0..number).map(begin).collect()
-}
-
-/// The events until the stream's proper end.
-fn rest(mut stream: Connection) -> Vec<String> {
-    let mut rest = Response::default();
-    while let Some(part) = stream.receive_part().unwrap() {
-        rest.body.extend(part);
-    }
-    rest.events()
-}
-
-#[test]
-fn a_server_told_to_stop_lets_streams_end_and_takes_nothing_new() {
-    let mut server = Server::start(&["--drain-time", "60"]);
-    let body = json!({ "prompt": "a", "max_tokens": 900, "ignore_eos": true, "n": 4, "stream": true });
-    let streams = streams(&server, 6, &body);
-    let mut idle = server.connect();
-    server.signal("TERM");
-    wait_for("the port to close", || Connection::open(server.address).is_err().then_some(()));
-    assert!(idle.is_closed());
-    for stream in streams {
-        let events = rest(stream);
-        assert_eq!(events.iter().filter(|event| event.contains("\"finish_reason\":\"length\"")).count(), 4);
-        assert_eq!(events.last().unwrap(), "[DONE]");
-    }
-    assert!(server.end().success());
-}
-
-#[test]
-fn a_server_cuts_streams_that_outlast_the_time_to_drain_and_says_so() {
-    for (drain_time, num_signals) in [("1", 1), ("60", 2)] {
-        let mut server = Server::start(&["--drain-time", drain_time]);
-        let streams = streams(&server, 20, &long(true));
-        // None of these keeps it from ending.
-        let mut half_body = server.connect();
-        half_body.send_head(COMPLETIONS, 100, "").unwrap();
-        let mut half_head = server.connect();
-        half_head.send(b"GET /hea").unwrap();
-        let start = Instant::now();
-        for _ in 0..num_signals {
-            server.signal("TERM");
-            thread::sleep(Duration::from_millis(50));
-        }
-        for stream in streams {
-            let events = rest(stream);
-            let error: Value = serde_json::from_str(&events[events.len() - 2]).unwrap();
-            assert_eq!(error["error"]["message"], "the server is shutting down");
-            assert_eq!(events.last().unwrap(), "[DONE]");
-        }
-        assert!(server.end().success());
-        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
-    }
-}
-
-#[test]
-fn a_killed_server_can_start_again_at_its_port() {
-    let mut server = Server::start(&[]);
-    let streams = streams(&server, 3, &long(true));
-    server.signal("KILL");
-    assert!(!server.end().success());
-    let again = Server::spawn(serve(&server.address.port().to_string()));
-    assert_eq!(again.address, server.address);
-    again.check_serves();
-    drop(streams);
-}
-
 #[test]
 fn a_second_server_at_a_port_says_so_before_it_loads() {
     let server = Server::start(&[]);
@@ -526,21 +457,4 @@ fn a_server_without_file_descriptors_goes_on_when_there_are_some_again() {
         (response.status == 200).then_some(())
     });
     assert_eq!(server.log().matches("no connection").count(), 1, "{}", server.log());
-}
-
-#[test]
-fn ctrl_c_while_loading_leaves_no_temporary_folder() {
-    for delay_ms in [0, 5, 20, 80, 300] {
-        let folder = tempfile::tempdir().unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_moge"));
-        command.args(["serve", "--synthetic", "small", "--port", "0", "--drain-time", "0"]);
-        let mut child = command.env("TMPDIR", folder.path()).stderr(Stdio::null()).spawn().unwrap();
-        wait_for("a folder", || fs::read_dir(folder.path()).unwrap().next().map(drop));
-        thread::sleep(Duration::from_millis(delay_ms));
-        signal(child.id(), "INT");
-        let status = wait_for("the end", || child.try_wait().unwrap());
-        assert!(status.code() == Some(130) || status.success(), "{status} after {delay_ms} ms");
-        let left: Vec<_> = fs::read_dir(folder.path()).unwrap().collect();
-        assert!(left.is_empty(), "{left:?} after {delay_ms} ms");
-    }
 }
