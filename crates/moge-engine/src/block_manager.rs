@@ -109,7 +109,7 @@ impl BlockManager {
 
     /// Let others find `block`, which is held and holds the keys and values of `tokens` after the text `before`.
     /// Returns the text that it ends. If another block has the same contents, that one stays to be found.
-    pub(crate) fn offer(&mut self, block: BlockId, before: PrefixId, tokens: [TokenId; BLOCK_SIZE]) -> PrefixId {
+    pub(crate) fn publish(&mut self, block: BlockId, before: PrefixId, tokens: [TokenId; BLOCK_SIZE]) -> PrefixId {
         let contents = Contents { before, tokens };
         if let Some(cached) = self.cached.get(&contents) {
             return cached.prefix;
@@ -119,6 +119,13 @@ impl BlockManager {
         self.blocks[block.0 as usize].contents = Some(contents.clone());
         self.cached.insert(contents, Cached { block, prefix });
         prefix
+    }
+
+    /// Forget the contents of all blocks: none is found any more. Those that are held stay held.
+    pub(crate) fn clear_cache(&mut self) {
+        self.cached.clear();
+        self.blocks.iter_mut().for_each(|block| block.contents = None);
+        self.empty.extend(std::mem::take(&mut self.reusable).into_values());
     }
 
     /// Let go of the blocks of a sequence. What stands later in its text is less likely to be wanted again, and without
@@ -179,10 +186,10 @@ mod tests {
         (0..(num_blocks * BLOCK_SIZE) as u32).map(|i| TokenId(first + i % 7)).collect()
     }
 
-    fn offer_all(manager: &mut BlockManager, blocks: &[BlockId], tokens: &[TokenId]) {
+    fn publish_all(manager: &mut BlockManager, blocks: &[BlockId], tokens: &[TokenId]) {
         let mut before = PrefixId::default();
         for (&block, &tokens) in blocks.iter().zip(tokens.as_chunks().0) {
-            before = manager.offer(block, before, tokens);
+            before = manager.publish(block, before, tokens);
         }
     }
 
@@ -204,7 +211,7 @@ mod tests {
         let mut manager = BlockManager::new(5);
         let (one, other) = (text(1, 3), text(2, 1));
         let blocks = manager.allocate(3).unwrap();
-        offer_all(&mut manager, &blocks, &one);
+        publish_all(&mut manager, &blocks, &one);
         let (shared, _) = manager.hold_prefix(&[&one[..2 * BLOCK_SIZE], &other].concat());
         assert_eq!(shared, blocks[..2], "the third block differs");
         assert_eq!(manager.hold_prefix(&one[1..]).0, [], "other tokens");
@@ -225,22 +232,42 @@ mod tests {
     }
 
     #[test]
+    fn a_cleared_cache_finds_nothing_and_holders_keep_their_blocks() {
+        let mut manager = BlockManager::new(5);
+        let (one, other) = (text(1, 2), text(2, 2));
+        let [held, released] = [&one, &other].map(|text| {
+            let blocks = manager.allocate(2).unwrap();
+            publish_all(&mut manager, &blocks, text);
+            blocks
+        });
+        manager.free(released);
+        manager.clear_cache();
+        manager.check_integrity([&*held].into_iter());
+        assert_eq!((manager.hold_prefix(&one).0, manager.hold_prefix(&other).0), (vec![], vec![]));
+        assert_eq!(manager.num_free_blocks(), 3);
+        assert_eq!(manager.allocate(4), None, "two are held");
+        manager.free(held);
+        manager.check_integrity(std::iter::empty());
+        assert_eq!(manager.num_free_blocks(), 5);
+    }
+
+    #[test]
     fn the_same_tokens_after_another_text_are_other_contents() {
         let mut manager = BlockManager::new(4);
         let (one, two) = (text(1, 2), text(2, 2));
         let blocks = manager.allocate(2).unwrap();
-        offer_all(&mut manager, &blocks, &one);
+        publish_all(&mut manager, &blocks, &one);
         let mixed = [&two[..BLOCK_SIZE], &one[BLOCK_SIZE..]].concat();
         assert_eq!(manager.hold_prefix(&mixed).0, []);
         let others = manager.allocate(2).unwrap();
-        offer_all(&mut manager, &others, &mixed);
+        publish_all(&mut manager, &others, &mixed);
         assert_eq!(manager.hold_prefix(&mixed).0, others);
         assert_eq!(manager.hold_prefix(&one).0, blocks);
         // A second block with contents that are there already is not the one that is found.
         manager.free(others.clone());
         manager.free(others);
         let again = manager.allocate(2).unwrap();
-        offer_all(&mut manager, &again, &one);
+        publish_all(&mut manager, &again, &one);
         assert_eq!(manager.hold_prefix(&one).0, blocks);
     }
 
@@ -248,23 +275,27 @@ mod tests {
         #[test]
         fn no_history_of_calls_leaks_or_doubles_a_block(
             num_blocks in 0usize..40,
-            calls in prop::collection::vec((0..3, 0usize..12, 0u32..4), 0..80),
+            calls in prop::collection::vec((0..13, 0usize..12, 0u32..4), 0..80),
         ) {
             let mut manager = BlockManager::new(num_blocks);
             let mut tables: Vec<Vec<BlockId>> = Vec::new();
             for (call, n, first) in calls {
                 let text = text(first, n);
                 match call {
-                    0 => {
+                    12 => {
+                        manager.clear_cache();
+                        prop_assert_eq!(&manager.hold_prefix(&text).0, &[]);
+                    }
+                    0..4 => {
                         let num_free = manager.num_free_blocks();
                         let blocks = manager.allocate(n);
                         prop_assert_eq!(blocks.is_some(), n <= num_free);
                         if let Some(blocks) = &blocks {
-                            offer_all(&mut manager, blocks, &text);
+                            publish_all(&mut manager, blocks, &text);
                         }
                         tables.extend(blocks);
                     }
-                    1 => tables.push(manager.hold_prefix(&text).0),
+                    4..8 => tables.push(manager.hold_prefix(&text).0),
                     _ if tables.is_empty() => {}
                     _ => manager.free(tables.swap_remove(n % tables.len())),
                 }

@@ -69,7 +69,8 @@ impl EngineConfig {
 /// A model, its KV cache, and the requests it works on.
 pub struct Engine {
     model: Model,
-    cpu: Cpu,
+    /// Threads that the workspace has room for.
+    num_threads: usize,
     kv_cache: KvCache,
     workspace: Workspace,
     output: StepOutput,
@@ -80,11 +81,12 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Allocate KV cache and workspace for `model`. Without a tokenizer all text is empty and stop strings are refused.
+    /// Allocate KV cache and workspace for `model` and for steps on `cpu`. Without a tokenizer all text is empty and stop
+    /// strings are refused.
     ///
     /// # Panics
     /// As [`Scheduler::new`].
-    pub fn new(model: Model, cpu: Cpu, tokenizer: Option<Arc<Tokenizer>>, config: &EngineConfig) -> Engine {
+    pub fn new(model: Model, cpu: &Cpu, tokenizer: Option<Arc<Tokenizer>>, config: &EngineConfig) -> Engine {
         let limits = config.step_limits(model.config(), cpu.num_threads());
         Engine {
             kv_cache: KvCache::new(model.config(), config.kv, config.num_blocks),
@@ -94,8 +96,8 @@ impl Engine {
             sampler: Sampler::default(),
             expert_load: ExpertLoad::new(model.config()),
             masks: Masks::default(),
+            num_threads: limits.num_threads,
             model,
-            cpu,
         }
     }
 
@@ -113,12 +115,16 @@ impl Engine {
         self.scheduler.add_request(request)
     }
 
-    /// Compute one batch and tell what is new, one entry for each sequence that had a part in it. Empty if there is
-    /// nothing to do.
-    pub fn step(&mut self) -> Vec<SequenceOutput> {
+    /// Compute one batch on `cpu` and tell what is new, one entry for each sequence that had a part in it. Empty if there
+    /// is nothing to do. Whoever else computes between two steps may use the same threads: a trainer, another engine.
+    ///
+    /// # Panics
+    /// If `cpu` has more threads than the one the engine was made for.
+    pub fn step(&mut self, cpu: &Cpu) -> Vec<SequenceOutput> {
+        assert!(cpu.num_threads() <= self.num_threads, "more threads than the engine was made for");
         let Some(step) = self.scheduler.schedule() else { return Vec::new() };
         self.masks.start(self.scheduler.take_grammars(&step));
-        self.model.forward(&self.cpu, &step.batch, &mut self.kv_cache, &mut self.workspace, &mut self.output);
+        self.model.forward(cpu, &step.batch, &mut self.kv_cache, &mut self.workspace, &mut self.output);
         let masks = self.scheduler.return_grammars(self.masks.finish());
         let rows = self.scheduler.logit_rows(&step, masks);
         let vocab_size = self.model.config().vocab_size;
@@ -133,6 +139,11 @@ impl Engine {
     /// As [`Scheduler::set_draft`].
     pub fn set_draft(&mut self, id: SeqId, draft: Vec<TokenId>) {
         self.scheduler.set_draft(id, draft);
+    }
+
+    /// As [`Scheduler::clear_prefix_cache`].
+    pub fn clear_prefix_cache(&mut self) {
+        self.scheduler.clear_prefix_cache();
     }
 
     /// End a sequence now and free its blocks. Returns its last output, `None` if it has ended before.

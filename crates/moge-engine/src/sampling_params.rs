@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Display;
 
-use moge_model::TokenId;
+use moge_model::{GenerationDefaults, TokenId};
 
 use crate::error::AdmitError;
 
@@ -81,6 +81,22 @@ impl Default for SamplingParams {
             logprobs: None,
             prompt_logprobs: None,
             return_expert_ids: false,
+        }
+    }
+}
+
+impl From<&GenerationDefaults> for SamplingParams {
+    /// What a checkpoint's `generation_config.json` asks for, which holds where a user or client says nothing else. As in
+    /// `transformers` the most likely token is taken unless it says `do_sample: true`, whatever temperature it states.
+    fn from(defaults: &GenerationDefaults) -> SamplingParams {
+        let temperature = if defaults.is_greedy() { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
+        SamplingParams {
+            temperature,
+            top_k: defaults.top_k,
+            top_p: defaults.top_p.unwrap_or(1.0),
+            min_p: defaults.min_p.unwrap_or(0.0),
+            repetition_penalty: defaults.repetition_penalty.unwrap_or(1.0),
+            ..SamplingParams::default()
         }
     }
 }
@@ -198,6 +214,21 @@ mod tests {
         assert_eq!(refused_field(|p| p.stop_token_ids = vec![TokenId(9); MAX_LIST_LEN + 1]), "stop_token_ids");
         assert_eq!(refused_field(|p| p.logprobs = Some(129)), "logprobs");
         assert_eq!(refused_field(|p| p.prompt_logprobs = Some(129)), "prompt_logprobs");
+    }
+
+    #[test]
+    fn a_file_is_greedy_unless_it_says_do_sample() {
+        for (do_sample, temperature, expected) in [
+            (None, None, 0.0),
+            (None, Some(0.6), 0.0),
+            (Some(false), Some(0.6), 0.0),
+            (Some(true), Some(0.6), 0.6),
+            (Some(true), None, 1.0),
+        ] {
+            let defaults = GenerationDefaults { do_sample, temperature, ..GenerationDefaults::default() };
+            let params = SamplingParams::from(&defaults);
+            assert_eq!(params, SamplingParams { temperature: expected, ..SamplingParams::default() });
+        }
     }
 
     #[test]

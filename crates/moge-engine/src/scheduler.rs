@@ -145,8 +145,8 @@ impl Scheduler {
             max_tokens,
             stop_token_ids: [&sampling.stop_token_ids, eos_token_ids].concat(),
             block_table: Vec::new(),
-            offered: PrefixId::default(),
-            num_offered_blocks: 0,
+            published: Some(PrefixId::default()),
+            num_published_blocks: 0,
             text: self.tokenizer.clone().map(|tokenizer| TextStream::new(tokenizer, &prompt, &sampling.stop)),
             prompt_logprobs: sampling.prompt_logprobs.map(|_| vec![None]),
             tokens: prompt,
@@ -207,7 +207,7 @@ impl Scheduler {
             assert!(allowed.contains(&num_used_rows), "sequence {}: results of {num_used_rows} rows", scheduled.id);
             let index = self.running_index(scheduled.id);
             let output = self.running[index].advance(scheduled, rows.num_rows, result);
-            self.offer_blocks(index);
+            self.publish_blocks(index);
             if output.finish_reason.is_some() {
                 self.block_manager.free(self.running.remove(index).block_table);
             } else {
@@ -271,6 +271,13 @@ impl Scheduler {
         all
     }
 
+    /// Forget what the prefix cache holds: what to do after the weights have changed. Sequences that run go on with the
+    /// keys and values that they have, and no other sequence finds those.
+    pub fn clear_prefix_cache(&mut self) {
+        self.block_manager.clear_cache();
+        self.running.iter_mut().for_each(|sequence| sequence.published = None);
+    }
+
     /// End a sequence now and free its blocks. Returns its last output, `None` if it has ended before.
     pub fn cancel(&mut self, id: SeqId) -> Option<SequenceOutput> {
         let mut sequence = if let Ok(index) = self.running.binary_search_by_key(&id, |s| s.id) {
@@ -330,7 +337,8 @@ impl Scheduler {
             let num_blocks = sequence.block_table.len();
             assert!(sequence.num_computed_tokens.div_ceil(BLOCK_SIZE) <= num_blocks);
             assert!(num_blocks <= sequence.num_needed_blocks());
-            assert_eq!(sequence.num_offered_blocks, sequence.num_computed_tokens / BLOCK_SIZE);
+            let num_full_blocks = sequence.num_computed_tokens / BLOCK_SIZE;
+            assert!(sequence.published.is_none() || sequence.num_published_blocks == num_full_blocks);
             assert!(sequence.num_uncomputed_tokens() > 0);
             assert!(sequence.tokens.len() < sequence.max_total_tokens());
         }
@@ -369,16 +377,21 @@ impl Scheduler {
     }
 
     /// Give the request that waits longest its blocks, unless it has to wait on; its index among the running ones. Nobody
-    /// overtakes it, so that a large request is not starved by small ones.
+    /// overtakes it, so that a large request is not starved by small ones. It waits for a block that it would compute
+    /// beside another sequence: of answers to one prompt the first computes it, the others start when it is there.
     fn start_next(&mut self) -> Option<usize> {
         if self.running.len() >= self.max_running() {
             return None;
         }
         let sequence = self.waiting.front()?;
         let reusable = &sequence.tokens[..sequence.num_reusable_tokens()];
-        let (mut block_table, offered) = self.block_manager.hold_prefix(reusable);
-        let num_offered_blocks = block_table.len();
-        let num_missing = sequence.num_needed_blocks() - num_offered_blocks;
+        let (mut block_table, published) = self.block_manager.hold_prefix(reusable);
+        let num_published_blocks = block_table.len();
+        if self.is_being_computed(reusable, num_published_blocks) {
+            self.block_manager.free(block_table);
+            return None;
+        }
+        let num_missing = sequence.num_needed_blocks() - num_published_blocks;
         // Room for those that run to grow, so that they do not preempt it at once.
         let num_growing = self.running.iter().filter(|s| s.may_need_more_blocks()).count();
         if num_missing + num_growing > self.block_manager.num_free_blocks() {
@@ -387,7 +400,7 @@ impl Scheduler {
         }
         block_table.extend(self.block_manager.allocate(num_missing)?);
         let mut sequence = self.waiting.pop_front()?;
-        sequence.num_computed_tokens = num_offered_blocks * BLOCK_SIZE;
+        sequence.num_computed_tokens = num_published_blocks * BLOCK_SIZE;
         if sequence.num_cached_tokens.is_none() {
             sequence.num_cached_tokens = Some(sequence.num_computed_tokens);
             self.num_prompt_tokens_cached += sequence.num_computed_tokens as u64;
@@ -395,7 +408,7 @@ impl Scheduler {
                 self.num_prompt_tokens_looked_up += sequence.num_prompt_tokens as u64;
             }
         }
-        self.running.push(Sequence { block_table, offered, num_offered_blocks, ..sequence });
+        self.running.push(Sequence { block_table, published: Some(published), num_published_blocks, ..sequence });
         Some(self.running.len() - 1)
     }
 
@@ -414,14 +427,24 @@ impl Scheduler {
         num_wanted.min(sequence.block_table.len() * BLOCK_SIZE - num_tokens)
     }
 
+    /// True if a running sequence computes the block of `tokens` that comes after the first `num_blocks`.
+    fn is_being_computed(&self, tokens: &[TokenId], num_blocks: usize) -> bool {
+        let Some(wanted) = tokens.get(..(num_blocks + 1) * BLOCK_SIZE) else { return false };
+        // Prompts with log-probabilities have few rows in a step: they are not worth waiting for.
+        let publishes = |s: &&Sequence| s.phase == Phase::Prefill && s.published.is_some() && !s.wants_prompt_logits();
+        self.running.iter().filter(publishes).any(|s| s.tokens.starts_with(wanted))
+    }
+
     /// Let others find the blocks of a running sequence that are full by now.
-    fn offer_blocks(&mut self, index: usize) {
+    fn publish_blocks(&mut self, index: usize) {
         let sequence = &mut self.running[index];
+        let Some(mut published) = sequence.published else { return };
         let (blocks, _) = sequence.tokens[..sequence.num_computed_tokens].as_chunks();
-        for (&block, &tokens) in sequence.block_table.iter().zip(blocks).skip(sequence.num_offered_blocks) {
-            sequence.offered = self.block_manager.offer(block, sequence.offered, tokens);
-            sequence.num_offered_blocks += 1;
+        for (&block, &tokens) in sequence.block_table.iter().zip(blocks).skip(sequence.num_published_blocks) {
+            published = self.block_manager.publish(block, published, tokens);
+            sequence.num_published_blocks += 1;
         }
+        sequence.published = Some(published);
     }
 
     /// How many tokens may follow a prompt: as many as asked for, but not past the end of the context. With nothing

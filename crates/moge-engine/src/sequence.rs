@@ -42,8 +42,8 @@ pub(crate) struct Sequence {
     pub(crate) stop_token_ids: Vec<TokenId>,
     pub(crate) block_table: Vec<BlockId>,
     /// The text of the first blocks, so many as others can find.
-    pub(crate) offered: PrefixId,
-    pub(crate) num_offered_blocks: usize,
+    pub(crate) published: Option<PrefixId>,
+    pub(crate) num_published_blocks: usize,
     /// What the output must look like. Away while a mask is computed.
     pub(crate) grammar: Option<Grammar>,
     /// `None` without a tokenizer; all text is empty then.
@@ -113,8 +113,8 @@ impl Sequence {
     pub(crate) fn preempt(&mut self) -> Vec<BlockId> {
         self.phase = Phase::Prefill;
         self.num_computed_tokens = 0;
-        self.num_offered_blocks = 0;
-        self.offered = PrefixId::default();
+        self.num_published_blocks = 0;
+        self.published = Some(PrefixId::default());
         if let Some(prompt_logprobs) = &mut self.prompt_logprobs {
             prompt_logprobs.truncate(1);
         }

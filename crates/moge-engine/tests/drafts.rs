@@ -1,27 +1,16 @@
 //! Drafts on a real (small) network: they change how many steps an answer takes, and nothing else.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+mod common;
 
-use moge_engine::{
-    Engine, EngineConfig, FinishReason, Grammar, GrammarCompiler, Request, RowLogprobs, SamplingParams, SeqId,
-};
-use moge_model::{Cpu, Isa, KvType, LoadMode, Model, Precision, TokenId, Tokenizer};
+use common::{TestEngine, config, tokenizer};
+use moge_engine::{EngineConfig, FinishReason, Grammar, GrammarCompiler, Request, RowLogprobs, SamplingParams, SeqId};
+use moge_model::TokenId;
 
 const MAX_DRAFT_TOKENS: usize = 4;
 
 /// Where the last request finds the end of its answer.
 const STOP_TOKEN: TokenId = TokenId(77);
-
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens").join(name)
-}
-
-/// A tokenizer of more tokens than the model has.
-fn tokenizer() -> Arc<Tokenizer> {
-    Arc::new(Tokenizer::load(&golden("tokenizer_json/qwen3")).unwrap())
-}
 
 /// Blocks of the KV cache and rows of a step.
 #[derive(Clone, Copy, Debug)]
@@ -32,20 +21,9 @@ struct Size {
 
 const AMPLE: Size = Size { num_blocks: 90, max_batched_tokens: 400 };
 
-fn engine(Size { num_blocks, max_batched_tokens }: Size) -> Engine {
-    let model = Model::load(&golden("pangu-pro-moe-v1"), LoadMode::Mmap, &|_, _| ()).unwrap();
-    let config = EngineConfig {
-        activation: Precision::F32,
-        kv: KvType::F32,
-        num_blocks,
-        max_sequence_tokens: 400,
-        max_batched_tokens,
-        max_running: 17,
-        max_waiting: 20,
-        eos_token_ids: Vec::new(),
-        max_draft_tokens: MAX_DRAFT_TOKENS,
-    };
-    Engine::new(model, Cpu::new(Isa::select().unwrap(), 2), Some(tokenizer()), &config)
+fn engine(Size { num_blocks, max_batched_tokens }: Size) -> TestEngine {
+    let config = EngineConfig { num_blocks, max_batched_tokens, max_draft_tokens: MAX_DRAFT_TOKENS, ..config() };
+    TestEngine::new("pangu-pro-moe-v1", 2, Some(tokenizer()), &config)
 }
 
 /// Everything that a sequence gave.
@@ -64,7 +42,7 @@ struct Answer {
 type Drafter<'a> = dyn Fn(usize, &[TokenId]) -> Vec<TokenId> + 'a;
 
 /// Run the requests, all from the first step on; their answers, and the number of steps.
-fn run(engine: &mut Engine, requests: &[Request], drafter: &Drafter) -> (Vec<Answer>, usize) {
+fn run(engine: &mut TestEngine, requests: &[Request], drafter: &Drafter) -> (Vec<Answer>, usize) {
     let mut answers = vec![Answer::default(); requests.len()];
     let ids: Vec<SeqId> = requests.iter().map(|request| engine.add_request(request.clone()).unwrap()).collect();
     let mut num_steps = 0;

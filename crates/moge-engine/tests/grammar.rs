@@ -1,38 +1,19 @@
 //! Grammars on a real (small) network: nobody's answer depends on who else has a grammar.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+mod common;
 
-use moge_engine::{Engine, EngineConfig, FinishReason, GrammarCompiler, Request, RowLogprobs, SamplingParams, SeqId};
-use moge_model::{BLOCK_SIZE, Cpu, Isa, KvType, LoadMode, Model, Precision, TokenId, Tokenizer};
+use std::collections::BTreeMap;
+
+use common::{TestEngine, config, tokenizer};
+use moge_engine::{EngineConfig, FinishReason, GrammarCompiler, Request, RowLogprobs, SamplingParams, SeqId};
+use moge_model::{BLOCK_SIZE, TokenId};
 
 const CASE: &str = "pangu-pro-moe-v1";
 
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens").join(name)
-}
-
-/// A tokenizer of more tokens than the model has.
-fn tokenizer() -> Arc<Tokenizer> {
-    Arc::new(Tokenizer::load(&golden("tokenizer_json/qwen3")).unwrap())
-}
-
-fn engine(num_threads: usize, max_batched_tokens: usize, num_blocks: usize) -> Engine {
-    let model = Model::load(&golden(CASE), LoadMode::Mmap, &|_, _| ()).unwrap();
-    let config = EngineConfig {
-        activation: Precision::F32,
-        kv: KvType::F32,
-        num_blocks,
-        max_sequence_tokens: 400,
-        max_batched_tokens,
-        max_running: 17,
-        max_waiting: 20,
-        eos_token_ids: Vec::new(),
-        max_draft_tokens: 0,
-    };
-    Engine::new(model, Cpu::new(Isa::select().unwrap(), num_threads), Some(tokenizer()), &config)
+fn engine(num_threads: usize, max_batched_tokens: usize, num_blocks: usize) -> TestEngine {
+    let config = EngineConfig { num_blocks, max_batched_tokens, ..config() };
+    TestEngine::new(CASE, num_threads, Some(tokenizer()), &config)
 }
 
 /// Everything that a sequence gave.
@@ -45,7 +26,7 @@ struct Answer {
 }
 
 /// Run the requests, request `i` arriving at step `i * gap`; the answers, and how often a prompt was computed again.
-fn run(engine: &mut Engine, requests: &[Request], gap: usize) -> (Vec<Answer>, usize) {
+fn run(engine: &mut TestEngine, requests: &[Request], gap: usize) -> (Vec<Answer>, usize) {
     let mut answers = vec![Answer::default(); requests.len()];
     let mut index_of: BTreeMap<SeqId, usize> = BTreeMap::new();
     let mut num_prefilled_tokens = 0;

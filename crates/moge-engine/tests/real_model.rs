@@ -1,20 +1,17 @@
 //! The engine on real (small) networks: what it says does not depend on what else runs.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
-use std::path::{Path, PathBuf};
+mod common;
 
+use common::{TestEngine, config, cpu, golden};
 use moge_engine::{
     AdmitError, Engine, EngineConfig, EngineStats, FinishReason, Request, RowLogprobs, SamplingParams, SeqId,
 };
 use moge_model::{
-    BLOCK_SIZE, Batch, BlockId, Cpu, Isa, KvCache, KvType, LoadMode, Model, Precision, SequenceRows, StepLimits,
-    StepOutput, TokenId, Workspace,
+    BLOCK_SIZE, Batch, BlockId, KvCache, KvType, LoadMode, Model, Precision, SequenceRows, StepLimits, StepOutput,
+    TokenId, Workspace,
 };
 use safetensors::SafeTensors;
-
-fn golden(case: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens").join(case)
-}
 
 fn recorded_tokens(case: &str, name: &str) -> Vec<TokenId> {
     let bytes = std::fs::read(golden(case).join("expected.safetensors")).unwrap();
@@ -24,24 +21,13 @@ fn recorded_tokens(case: &str, name: &str) -> Vec<TokenId> {
 }
 
 /// An engine with plenty of blocks.
-fn engine(case: &str, num_threads: usize, max_batched_tokens: usize) -> Engine {
+fn engine(case: &str, num_threads: usize, max_batched_tokens: usize) -> TestEngine {
     engine_with_blocks(case, 90, num_threads, max_batched_tokens)
 }
 
-fn engine_with_blocks(case: &str, num_blocks: usize, num_threads: usize, max_batched_tokens: usize) -> Engine {
-    let model = Model::load(&golden(case), LoadMode::Mmap, &|_, _| ()).unwrap();
-    let config = EngineConfig {
-        activation: Precision::F32,
-        kv: KvType::F32,
-        num_blocks,
-        max_sequence_tokens: usize::MAX,
-        max_batched_tokens,
-        max_running: 17,
-        max_waiting: 20,
-        eos_token_ids: Vec::new(),
-        max_draft_tokens: 0,
-    };
-    Engine::new(model, Cpu::new(Isa::select().unwrap(), num_threads), None, &config)
+fn engine_with_blocks(case: &str, num_blocks: usize, num_threads: usize, max_batched_tokens: usize) -> TestEngine {
+    let config = EngineConfig { num_blocks, max_batched_tokens, max_sequence_tokens: usize::MAX, ..config() };
+    TestEngine::new(case, num_threads, None, &config)
 }
 
 /// Everything that a sequence gave.
@@ -55,7 +41,7 @@ struct Answer {
 }
 
 /// Run the requests, request `i` arriving at step `i * gap`.
-fn run(engine: &mut Engine, requests: &[Request], gap: usize) -> Vec<Answer> {
+fn run(engine: &mut TestEngine, requests: &[Request], gap: usize) -> Vec<Answer> {
     let mut answers: Vec<Answer> = requests.iter().map(|_| Answer::default()).collect();
     let mut ids: Vec<SeqId> = Vec::new();
     let mut step = 0;
@@ -236,7 +222,7 @@ fn traced_expert_ids(case: &str, tokens: &[TokenId], experts_per_token: usize, e
         ..Batch::default()
     };
     let mut kv_cache = KvCache::new(model.config(), KvType::F32, num_blocks);
-    model.forward(&Cpu::new(Isa::select().unwrap(), 1), &batch, &mut kv_cache, &mut work, &mut output);
+    model.forward(&cpu(1), &batch, &mut kv_cache, &mut work, &mut output);
     let layers = &output.trace.as_ref().unwrap().routes;
     let rows = (0..num_rows).flat_map(|row| layers.iter().map(move |layer| &layer[row * experts_per_token..]));
     rows.flat_map(|row| &row[..experts_per_token]).map(|route| (route.expert.0 % experts_per_group) as u8).collect()
@@ -301,4 +287,66 @@ fn a_long_prompt_that_arrives_takes_no_step_from_those_that_decode() {
         assert_eq!(sampled[..5], decoding);
         assert_eq!(sampled[5..], if left == 0 { vec![long] } else { vec![] });
     }
+}
+
+#[test]
+fn answers_to_one_prompt_compute_it_once_also_if_they_start_together() {
+    let prompt: Vec<TokenId> = (0..100).map(|t| TokenId(t * 3 % 140)).collect();
+    let request = |seed| {
+        let sampling = SamplingParams { temperature: 0.9, seed, max_tokens: Some(3), ..SamplingParams::default() };
+        Request { prompt: prompt.clone(), sampling, grammar: None }
+    };
+    // In one step and in several.
+    for max_batched_tokens in [500, 40] {
+        let mut engine = engine("pangu-pro-moe-v1", 2, max_batched_tokens);
+        (0..5).for_each(|seed| _ = engine.add_request(request(seed)).unwrap());
+        let mut num_prefilled_tokens = 0;
+        while engine.has_unfinished() {
+            num_prefilled_tokens += engine.step().iter().map(|output| output.num_prefilled_tokens).sum::<usize>();
+        }
+        assert_eq!(num_prefilled_tokens, 100 + 4 * (100 - 3 * BLOCK_SIZE), "{max_batched_tokens} rows");
+    }
+}
+
+#[test]
+fn two_engines_share_one_pool_of_threads() {
+    let cpu = cpu(2);
+    let prompt = recorded_tokens("pangu-pro-moe-v1", "greedy_prompt");
+    let model = || Model::load(&golden("pangu-pro-moe-v1"), LoadMode::Mmap, &|_, _| ()).unwrap();
+    let mut engines = [0, 1].map(|_| Engine::new(model(), &cpu, None, &config()));
+    let mut tokens = [Vec::new(), Vec::new()];
+    for engine in &mut engines {
+        engine.add_request(greedy_request(prompt.clone())).unwrap();
+    }
+    while engines.iter().any(Engine::has_unfinished) {
+        for (engine, tokens) in engines.iter_mut().zip(&mut tokens) {
+            tokens.extend(engine.step(&cpu).into_iter().flat_map(|output| output.sampled).map(|s| s.token));
+        }
+    }
+    let expected = recorded_tokens("pangu-pro-moe-v1", "greedy_tokens");
+    assert_eq!(tokens, [expected.clone(), expected]);
+}
+
+#[test]
+fn a_cleared_prefix_cache_finds_no_prompt_and_changes_no_answer() {
+    let prompt: Vec<TokenId> = (0..70).map(|t| TokenId(t * 3 % 140)).collect();
+    let mut engine = engine("pangu-pro-moe-v1", 2, 70);
+    let first = run(&mut engine, &[greedy_request(prompt.clone())], 0);
+    let cached = |engine: &TestEngine| engine.stats().num_prompt_tokens_cached;
+    engine.clear_prefix_cache();
+    assert_eq!(run(&mut engine, &[greedy_request(prompt.clone())], 0), first);
+    assert_eq!(cached(&engine), 0);
+    // Cleared while it runs, too.
+    engine.clear_prefix_cache();
+    engine.add_request(greedy_request(prompt.clone())).unwrap();
+    let mut tokens = Vec::new();
+    while engine.has_unfinished() {
+        tokens.extend(engine.step().into_iter().flat_map(|output| output.sampled).map(|s| s.token));
+        engine.clear_prefix_cache();
+    }
+    assert_eq!(tokens, first[0].tokens);
+    assert_eq!(run(&mut engine, &[greedy_request(prompt.clone())], 0), first);
+    assert_eq!(cached(&engine), 0);
+    assert_eq!(run(&mut engine, &[greedy_request(prompt)], 0), first);
+    assert_eq!(cached(&engine), 2 * BLOCK_SIZE as u64, "what was computed since is found");
 }

@@ -5,16 +5,14 @@ use std::time::Duration;
 
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use base64::Engine as _;
-use base64::prelude::BASE64_STANDARD;
 use futures_util::{StreamExt, stream};
 use moge_engine::{FinishReason, RowLogprobs, SequenceOutput};
-use moge_model::{ModelConfig, Tokenizer};
+use moge_model::Tokenizer;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::app::unix_seconds;
-use crate::engine_thread::Answers;
+use crate::clock::unix_seconds;
+use crate::engine_thread::ResponseStream;
 use crate::error::ApiError;
 
 /// How often a stream without news says that it lives.
@@ -76,36 +74,6 @@ pub(crate) fn finish_reason(reason: FinishReason) -> Result<&'static str, ApiErr
         FinishReason::Cancelled => Err(ApiError::Unavailable("the request was cancelled")),
         FinishReason::GrammarFailed => Err(ApiError::DeadEnd),
         FinishReason::NoFiniteLogit => Err(ApiError::Internal("the model's logits are not numbers".to_owned())),
-    }
-}
-
-/// The experts that an answer's tokens took, while they are computed.
-#[derive(Debug)]
-pub(crate) struct ExpertIds {
-    ids: Vec<u8>,
-    /// Ids of a token, `[routed layer, expert group, top_k_per_group]`.
-    token_shape: [usize; 3],
-}
-
-impl ExpertIds {
-    /// For a model with routed experts; `None` for others.
-    pub(crate) fn new(config: &ModelConfig) -> Option<ExpertIds> {
-        let moe = config.moe()?;
-        let token_shape = [config.num_routed_layers(), moe.num_expert_groups(), moe.top_k_per_group()];
-        Some(ExpertIds { ids: Vec::new(), token_shape })
-    }
-
-    /// Take in a step's.
-    pub(crate) fn push(&mut self, ids: &[u8]) {
-        self.ids.extend_from_slice(ids);
-    }
-
-    /// Fields `expert_ids` and `expert_ids_shape` of a choice.
-    pub(crate) fn write(&self, choice: &mut Map<String, Value>) {
-        let [layers, groups, experts] = self.token_shape;
-        let num_tokens = self.ids.len() / (layers * groups * experts).max(1);
-        choice.insert("expert_ids".to_owned(), BASE64_STANDARD.encode(&self.ids).into());
-        choice.insert("expert_ids_shape".to_owned(), json!([num_tokens, layers, groups, experts]));
     }
 }
 
@@ -176,9 +144,9 @@ fn finite(logprob: f64) -> f64 {
 }
 
 /// Turns a request's outputs into the parts of a stream.
-pub(crate) trait Chunks: Send + 'static {
+pub(crate) trait StreamEncoder: Send + 'static {
     /// Events for what sequence `index` has new.
-    fn take(&mut self, index: usize, output: SequenceOutput) -> Result<Vec<Event>, ApiError>;
+    fn take(&mut self, index: usize, output: &SequenceOutput) -> Result<Vec<Event>, ApiError>;
     /// Events after the last output.
     fn end(&mut self) -> Vec<Event>;
     /// Events in place of all that would follow.
@@ -186,7 +154,7 @@ pub(crate) trait Chunks: Send + 'static {
 }
 
 /// What all parts of an answer of chat or completions begin with.
-pub(crate) struct Head {
+pub(crate) struct ResponseHead {
     pub(crate) id: String,
     model: String,
     created: u64,
@@ -194,10 +162,10 @@ pub(crate) struct Head {
     wants_usage: bool,
 }
 
-impl Head {
+impl ResponseHead {
     /// Of an answer that begins now.
-    pub(crate) fn new(id: String, model: &str, wants_usage: bool) -> Head {
-        Head { id, model: model.to_owned(), created: unix_seconds(), wants_usage }
+    pub(crate) fn new(id: String, model: &str, wants_usage: bool) -> ResponseHead {
+        ResponseHead { id, model: model.to_owned(), created: unix_seconds(), wants_usage }
     }
 
     /// The whole answer.
@@ -247,11 +215,11 @@ fn data(value: &Value) -> Event {
 }
 
 /// Answer with server-sent events. When the client goes away, `answers` are dropped and so cancelled.
-pub(crate) fn stream(answers: Answers, first: Vec<Event>, chunks: impl Chunks) -> Response {
+pub(crate) fn stream(answers: ResponseStream, first: Vec<Event>, chunks: impl StreamEncoder) -> Response {
     let steps = stream::unfold(Some((answers, chunks)), async |state| {
         let (mut answers, mut chunks) = state?;
         let events = match answers.next().await {
-            Ok(Some((index, output))) => match chunks.take(index, output) {
+            Ok(Some((index, output))) => match chunks.take(index, &output) {
                 Ok(events) => return Some((events, Some((answers, chunks)))),
                 Err(error) => chunks.fail(&error),
             },

@@ -11,11 +11,12 @@ use moge_engine::{Grammar, GrammarCompiler, SamplingParams};
 use moge_model::{ChatTemplate, ChatTemplateError, GenerationDefaults, ModelConfig, Tokenizer};
 use tokio::sync::watch;
 
-use crate::answer::ExpertIds;
+use crate::clock::unix_seconds;
 use crate::engine_thread::EngineHandle;
 use crate::error::ApiError;
+use crate::expert_ids::ExpertIds;
 use crate::metrics::Metrics;
-use crate::structured::GrammarMarkers;
+use crate::structured::markers::GrammarMarkers;
 
 /// How a server listens, and what it allows its clients.
 #[derive(Clone)]
@@ -79,6 +80,19 @@ pub(crate) struct Serving {
     pub(crate) markers: GrammarMarkers,
     pub(crate) engine: EngineHandle,
     pub(crate) metrics: Arc<Metrics>,
+}
+
+impl Serving {
+    /// Refuse a request for another model. Without a name the one that is served answers.
+    ///
+    /// # Errors
+    /// If it has another name.
+    pub(crate) fn check_name(&self, name: Option<&str>) -> Result<(), ApiError> {
+        match name {
+            Some(name) if name != self.model.name => Err(ApiError::UnknownModel(name.to_owned())),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// How far the server is in its life.
@@ -178,9 +192,4 @@ impl App {
         let number = self.num_ids.fetch_add(1, Ordering::Relaxed);
         format!("{prefix}{:016x}{number:08x}", self.random(number))
     }
-}
-
-/// Seconds since 1970.
-pub(crate) fn unix_seconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }

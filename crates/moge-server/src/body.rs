@@ -12,8 +12,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::app::AppState;
+use crate::blocking::blocking;
 use crate::error::ApiError;
-use crate::routes::blocking;
 
 /// How long a body may take to arrive.
 const MAX_BODY_TIME: Duration = Duration::from_secs(30);

@@ -6,9 +6,10 @@ use moge_engine::{FinishReason, Request, SamplingParams, SequenceOutput};
 use moge_model::{ChatRequest, Prefix, Thinking, TokenId, thinking_delimiters};
 use serde_json::{Map, Value};
 
-use crate::answer::{ExpertIds, chat_logprob, finish_reason};
+use crate::answer::{chat_logprob, finish_reason};
 use crate::app::Serving;
 use crate::error::ApiError;
+use crate::expert_ids::ExpertIds;
 use crate::output::{Delta, OutputParser};
 use crate::params::FormatFields;
 use crate::structured::tools::{ToolChoice, tool_choice, tools};
@@ -52,7 +53,7 @@ pub(crate) struct Turn {
 
 /// What an output adds to a turn.
 #[derive(Debug, Default)]
-pub(crate) struct TurnPiece {
+pub(crate) struct TurnDelta {
     pub(crate) deltas: Vec<Delta>,
     /// Tokens of the output that belong to the thinking, its marks among it.
     pub(crate) num_reasoning_tokens: usize,
@@ -164,7 +165,7 @@ impl Turn {
     ///
     /// # Errors
     /// If the sequence came to no proper end.
-    pub(crate) fn take(&mut self, output: &SequenceOutput) -> Result<TurnPiece, ApiError> {
+    pub(crate) fn take(&mut self, output: &SequenceOutput) -> Result<TurnDelta, ApiError> {
         if let Some(expert_ids) = &mut self.expert_ids {
             expert_ids.push(&output.expert_ids);
         }
@@ -189,7 +190,7 @@ impl Turn {
         }
         let is_news = !deltas.is_empty() || reason.is_some();
         let logprobs = if is_news { std::mem::take(&mut self.logprobs) } else { Vec::new() };
-        Ok(TurnPiece { deltas, num_reasoning_tokens, logprobs, finish_reason: reason })
+        Ok(TurnDelta { deltas, num_reasoning_tokens, logprobs, finish_reason: reason })
     }
 
     /// Write the experts that were taken, if asked for, into the finished choice.

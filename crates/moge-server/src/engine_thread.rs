@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use moge_engine::{AdmitError, Engine, FinishReason, Request, SeqId, SequenceOutput};
+use moge_model::Cpu;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::error::ApiError;
@@ -39,12 +40,12 @@ struct Submission {
 
 /// What the sequences of one request give. Dropping it cancels them.
 #[derive(Debug)]
-pub(crate) struct Answers {
+pub(crate) struct ResponseStream {
     events: mpsc::UnboundedReceiver<Event>,
     num_open: usize,
 }
 
-impl Answers {
+impl ResponseStream {
     /// The next event and the index of its sequence; `None` after the last of every sequence.
     ///
     /// # Errors
@@ -72,11 +73,15 @@ pub(crate) struct EngineHandle {
 
 impl EngineHandle {
     /// Start the thread. It ends when all handles are gone, or with the engine's panic.
-    pub(crate) fn start(engine: Engine, metrics: Arc<Metrics>) -> std::io::Result<(EngineHandle, JoinHandle<()>)> {
+    pub(crate) fn start(
+        engine: Engine,
+        cpu: Cpu,
+        metrics: Arc<Metrics>,
+    ) -> std::io::Result<(EngineHandle, JoinHandle<()>)> {
         let (sender, receiver) = mpsc::channel(MAX_COMMANDS);
         let thread = std::thread::Builder::new()
             .name("engine".to_owned())
-            .spawn(move || EngineThread { engine, commands: receiver, live: HashMap::new(), metrics }.run())?;
+            .spawn(move || EngineThread { engine, cpu, commands: receiver, active: HashMap::new(), metrics }.run())?;
         Ok((EngineHandle { commands: sender }, thread))
     }
 
@@ -84,7 +89,11 @@ impl EngineHandle {
     ///
     /// # Errors
     /// If one is refused, or the engine has failed.
-    pub(crate) async fn submit(&self, requests: Vec<Request>, time_allowed: Duration) -> Result<Answers, ApiError> {
+    pub(crate) async fn submit(
+        &self,
+        requests: Vec<Request>,
+        time_allowed: Duration,
+    ) -> Result<ResponseStream, ApiError> {
         let failed = || ApiError::Internal("the engine has failed".to_owned());
         let (events, receiver) = mpsc::unbounded_channel();
         let (reply, accepted) = oneshot::channel();
@@ -92,7 +101,7 @@ impl EngineHandle {
         let submission = Submission { requests, arrival: Instant::now(), time_allowed, events, reply };
         self.commands.send(Command::Add(submission)).await.map_err(|_| failed())?;
         accepted.await.map_err(|_| failed())??;
-        Ok(Answers { events: receiver, num_open })
+        Ok(ResponseStream { events: receiver, num_open })
     }
 
     /// Comes back when the engine's thread has ended, which it does by itself only with a panic.
@@ -108,7 +117,7 @@ impl EngineHandle {
 }
 
 /// A sequence that waits or runs.
-struct Live {
+struct ActiveSequence {
     index: usize,
     deadline: Instant,
     time_allowed: Duration,
@@ -118,8 +127,9 @@ struct Live {
 
 struct EngineThread {
     engine: Engine,
+    cpu: Cpu,
     commands: mpsc::Receiver<Command>,
-    live: HashMap<SeqId, Live>,
+    active: HashMap<SeqId, ActiveSequence>,
     metrics: Arc<Metrics>,
 }
 
@@ -128,7 +138,7 @@ impl EngineThread {
         while self.take_commands() {
             self.end_what_must();
             let start = Instant::now();
-            let outputs = self.engine.step();
+            let outputs = self.engine.step(&self.cpu);
             self.metrics.step(&self.engine);
             for output in outputs {
                 self.send(output, start);
@@ -179,7 +189,7 @@ impl EngineThread {
         for (id, index, num_prompt_tokens) in ids {
             let times = RequestTimes::new(arrival, num_prompt_tokens);
             let deadline = arrival + time_allowed;
-            self.live.insert(id, Live { index, deadline, time_allowed, events: events.clone(), times });
+            self.active.insert(id, ActiveSequence { index, deadline, time_allowed, events: events.clone(), times });
         }
         // Whoever does not wait for the reply any more has dropped the receiver of the events too.
         let _ = reply.send(Ok(()));
@@ -188,21 +198,21 @@ impl EngineThread {
     /// Cancel what nobody waits for, and what has no time left.
     fn end_what_must(&mut self) {
         let now = Instant::now();
-        self.end_where(|live| (live.deadline <= now).then_some(ApiError::Deadline(live.time_allowed)));
+        self.end_where(|active| (active.deadline <= now).then_some(ApiError::Deadline(active.time_allowed)));
     }
 
     /// Cancel the sequences that nobody waits for, and those for which `why` gives a reason.
-    fn end_where(&mut self, why: impl Fn(&Live) -> Option<ApiError>) {
-        let EngineThread { engine, live, metrics, .. } = self;
-        live.retain(|&id, live| {
-            let reason = why(live);
-            if reason.is_none() && !live.events.is_closed() {
+    fn end_where(&mut self, why: impl Fn(&ActiveSequence) -> Option<ApiError>) {
+        let EngineThread { engine, active, metrics, .. } = self;
+        active.retain(|&id, active| {
+            let reason = why(active);
+            if reason.is_none() && !active.events.is_closed() {
                 return true;
             }
             engine.cancel(id);
-            metrics.finished(&live.times, FinishReason::Cancelled);
+            metrics.finished(&active.times, FinishReason::Cancelled);
             if let Some(reason) = reason {
-                let _ = live.events.send((live.index, Err(reason)));
+                let _ = active.events.send((active.index, Err(reason)));
             }
             false
         });
@@ -211,14 +221,14 @@ impl EngineThread {
     /// Hand out the result of the step that began at `step_start`.
     fn send(&mut self, output: SequenceOutput, step_start: Instant) {
         let id = output.id;
-        let Some(live) = self.live.get_mut(&id) else { return };
-        self.metrics.output(&mut live.times, &output, step_start);
+        let Some(active) = self.active.get_mut(&id) else { return };
+        self.metrics.output(&mut active.times, &output, step_start);
         let finish_reason = output.finish_reason;
         // If nobody listens, the next round cancels it.
-        let _ = live.events.send((live.index, Ok(Box::new(output))));
+        let _ = active.events.send((active.index, Ok(Box::new(output))));
         if let Some(finish_reason) = finish_reason {
-            self.metrics.finished(&live.times, finish_reason);
-            self.live.remove(&id);
+            self.metrics.finished(&active.times, finish_reason);
+            self.active.remove(&id);
         }
     }
 }

@@ -5,18 +5,23 @@
 
 mod answer;
 mod app;
+mod blocking;
 mod body;
+mod clock;
 mod conversation;
 mod engine_thread;
 mod error;
+mod expert_ids;
 mod listen;
 mod metrics;
 mod middleware;
 mod output;
 mod params;
 mod routes;
+mod serve_error;
 mod server;
 mod structured;
 
 pub use app::{ServedModel, ServerConfig};
-pub use server::{ServeError, Server};
+pub use serve_error::ServeError;
+pub use server::Server;

@@ -14,7 +14,7 @@ use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use crate::app::AppState;
 use crate::error::ApiError;
-use crate::server::ServeError;
+use crate::serve_error::ServeError;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 

@@ -16,34 +16,14 @@
 //! time is linear in the text whatever it holds.
 
 mod call;
+mod delta;
 
 use moge_model::{Architecture, ToolFormat, thinking_delimiters};
 
 use call::{CallParser, Progress};
 pub(crate) use call::{MAX_NAME_LEN, is_name_char};
-
-/// A further piece of an answer. The pieces of one kind, put together, are that part of the answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Delta {
-    /// Text of the model's thinking.
-    Reasoning(String),
-    /// Text of the answer.
-    Content(String),
-    /// A tool call begins.
-    ToolCallStart {
-        /// Which one, from 0.
-        index: usize,
-        /// The function that is called.
-        name: String,
-    },
-    /// Text of a call's arguments: an object with its brackets in order, as the model wrote it, perhaps cut off.
-    ToolCallArguments {
-        /// Which call, from 0; it has begun.
-        index: usize,
-        /// The text.
-        text: String,
-    },
-}
+pub(crate) use delta::Delta;
+use delta::Deltas;
 
 /// Takes one answer apart. What is held back is what may still be the beginning of a marker, or a tool call whose name
 /// is not known yet.
@@ -254,44 +234,6 @@ impl OutputParser {
         self.deltas.content(&blank);
         self.deltas.content(text);
         self.place = Place::Content;
-    }
-}
-
-/// Deltas to hand out, neighbours of one kind as one.
-#[derive(Default)]
-struct Deltas {
-    list: Vec<Delta>,
-    num_calls: usize,
-}
-
-impl Deltas {
-    fn reasoning(&mut self, text: &str) {
-        match self.list.last_mut() {
-            _ if text.is_empty() => {}
-            Some(Delta::Reasoning(last)) => last.push_str(text),
-            _ => self.list.push(Delta::Reasoning(text.to_owned())),
-        }
-    }
-
-    fn content(&mut self, text: &str) {
-        match self.list.last_mut() {
-            _ if text.is_empty() => {}
-            Some(Delta::Content(last)) => last.push_str(text),
-            _ => self.list.push(Delta::Content(text.to_owned())),
-        }
-    }
-
-    fn call(&mut self, name: String) {
-        self.list.push(Delta::ToolCallStart { index: self.num_calls, name });
-        self.num_calls += 1;
-    }
-
-    /// Arguments of the last call.
-    fn arguments(&mut self, text: &str) {
-        match self.list.last_mut() {
-            Some(Delta::ToolCallArguments { text: last, .. }) => last.push_str(text),
-            _ => self.list.push(Delta::ToolCallArguments { index: self.num_calls - 1, text: text.to_owned() }),
-        }
     }
 }
 

@@ -107,6 +107,7 @@ impl SamplingFields {
     /// # Errors
     /// If a value cannot be one; ranges are the engine's to check.
     pub(crate) fn params(&self, defaults: &GenerationDefaults, random_seed: u64) -> Result<SamplingParams, ApiError> {
+        let defaults = SamplingParams::from(defaults);
         let stop_token_ids = self.stop_token_ids.as_deref().unwrap_or_default();
         let top_k = match self.top_k {
             None => defaults.top_k,
@@ -119,11 +120,11 @@ impl SamplingFields {
         Ok(SamplingParams {
             max_tokens: None,
             min_tokens: self.min_tokens.unwrap_or(0),
-            temperature: self.temperature.or(defaults.temperature).unwrap_or(1.0),
+            temperature: self.temperature.unwrap_or(defaults.temperature),
             top_k,
-            top_p: self.top_p.or(defaults.top_p).unwrap_or(1.0),
-            min_p: self.min_p.or(defaults.min_p).unwrap_or(0.0),
-            repetition_penalty: self.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
+            top_p: self.top_p.unwrap_or(defaults.top_p),
+            min_p: self.min_p.unwrap_or(defaults.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
             presence_penalty: self.presence_penalty.unwrap_or(0.0),
             frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
             logit_bias: self.logit_bias()?,
@@ -142,7 +143,7 @@ impl SamplingFields {
         self.max_output_tokens.or(self.max_completion_tokens).or(self.max_tokens)
     }
 
-    /// Answers to each of `num_prompts` prompts, with at most `max_answers` in all.
+    /// ResponseStream to each of `num_prompts` prompts, with at most `max_answers` in all.
     ///
     /// # Errors
     /// If that is none or too many, or `best_of` asks for more.
@@ -193,8 +194,24 @@ mod tests {
 
     fn params(fields: serde_json::Value) -> Result<SamplingParams, ApiError> {
         let fields: SamplingFields = serde_json::from_value(fields).unwrap();
-        let defaults = GenerationDefaults { temperature: Some(0.6), top_k: Some(50), ..GenerationDefaults::default() };
+        let defaults = GenerationDefaults {
+            do_sample: Some(true),
+            temperature: Some(0.6),
+            top_k: Some(50),
+            ..GenerationDefaults::default()
+        };
         fields.params(&defaults, 17)
+    }
+
+    #[test]
+    fn a_silent_request_means_what_the_file_says_as_on_the_command_line() {
+        for do_sample in [None, Some(false), Some(true)] {
+            for temperature in [None, Some(0.6)] {
+                let defaults = GenerationDefaults { do_sample, temperature, top_k: Some(50), ..Default::default() };
+                let params = SamplingFields::default().params(&defaults, 0).unwrap();
+                assert_eq!(params, SamplingParams::from(&defaults));
+            }
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use axum::Router;
 use axum::extract::Request;
 use axum::routing::{MethodRouter, get, post};
 
-use crate::app::{AppState, Serving};
+use crate::app::AppState;
 use crate::error::ApiError;
 
 /// All paths; `openapi.json` describes each of them.
@@ -42,19 +42,4 @@ pub(crate) fn router(state: AppState) -> Router {
         .fallback(async |request: Request| ApiError::NotFound(request.uri().path().to_owned()))
         .method_not_allowed_fallback(async |request: Request| ApiError::MethodNotAllowed(request.method().to_string()))
         .with_state(state)
-}
-
-/// Refuse a request for another model. Without a name the one that is served answers.
-fn check_model(serving: &Serving, name: Option<&str>) -> Result<(), ApiError> {
-    match name {
-        Some(name) if name != serving.model.name => Err(ApiError::UnknownModel(name.to_owned())),
-        _ => Ok(()),
-    }
-}
-
-/// Do what takes long without holding up others.
-pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ApiError> {
-    let failed =
-        |error: tokio::task::JoinError| ApiError::Internal(format!("the request could not be prepared: {error}"));
-    tokio::task::spawn_blocking(work).await.map_err(failed)
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use moge_engine::Engine;
-use thiserror::Error;
+use moge_model::Cpu;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -17,7 +17,8 @@ use crate::listen::listen;
 use crate::metrics::Metrics;
 use crate::middleware;
 use crate::routes::router;
-use crate::structured::GrammarMarkers;
+use crate::serve_error::ServeError;
+use crate::structured::markers::GrammarMarkers;
 
 /// Threads that speak HTTP. They have little to do, and the model wants the processors.
 const NUM_HTTP_THREADS: usize = 2;
@@ -27,28 +28,6 @@ const MAX_BLOCKING_THREADS: usize = 8;
 
 /// How long streams that were ended may take to say so.
 const LAST_WORDS: Duration = Duration::from_secs(2);
-
-/// Why a server does not start, or stops by itself.
-#[derive(Debug, Error)]
-pub enum ServeError {
-    /// It cannot listen.
-    #[error("cannot listen at {address}: {source}")]
-    Listen {
-        /// Where.
-        address: SocketAddr,
-        /// What the system says.
-        source: std::io::Error,
-    },
-    /// The system gives no threads or signals.
-    #[error("cannot start: {0}")]
-    Start(#[from] std::io::Error),
-    /// An origin is none.
-    #[error("CORS: {0:?} is no origin; an origin is like https://example.org, or * for all")]
-    Origin(String),
-    /// The engine panicked.
-    #[error("the engine has failed")]
-    EngineFailed,
-}
 
 /// A server that listens. Until it has a model it only says that it lives.
 pub struct Server {
@@ -90,14 +69,15 @@ impl Server {
         self.address
     }
 
-    /// Serve `model` until the process is told to stop and what runs has ended. Calls `ready` when requests are answered.
+    /// Serve `model` with an engine that computes on `cpu`, until the process is told to stop and what runs has ended. Calls
+    /// `ready` when requests are answered.
     ///
     /// # Errors
     /// If the engine fails.
-    pub fn run(self, engine: Engine, model: ServedModel, ready: impl FnOnce()) -> Result<(), ServeError> {
+    pub fn run(self, engine: Engine, cpu: Cpu, model: ServedModel, ready: impl FnOnce()) -> Result<(), ServeError> {
         let Server { runtime, state, mut listening, .. } = self;
         let metrics = Arc::new(Metrics::new(&model.name));
-        let (engine, thread) = EngineHandle::start(engine, Arc::clone(&metrics))?;
+        let (engine, thread) = EngineHandle::start(engine, cpu, Arc::clone(&metrics))?;
         let kept_up = Arc::clone(&metrics);
         runtime.spawn(async move { kept_up.keep_up().await });
         let markers = GrammarMarkers::new(model.config.architecture, |text| model.tokenizer.id_of(text));

@@ -4,14 +4,17 @@
 //! `tool_choice`. What is restricted is the answer alone: thinking that may come before it is free. Tool calls are
 //! written in the model's own form (see [`crate::output`]), with arguments that follow the tool's `parameters`.
 
+mod error;
 mod lark;
+pub(crate) mod markers;
 pub(crate) mod tools;
 
-use moge_model::{Architecture, TokenId, ToolFormat, thinking_delimiters};
+use moge_model::TokenId;
 use serde_json::{Value, json};
-use thiserror::Error;
 
+pub(crate) use error::StructuredError;
 use lark::{json_schema, regex, string};
+use markers::{GrammarMarkers, Marker};
 use tools::{Tool, ToolChoice};
 
 /// The parts of a request that restrict what the model writes, as they came.
@@ -38,94 +41,6 @@ pub(crate) enum ThinkingPhase {
     MayOpen,
     /// The prompt has opened it.
     Open,
-}
-
-/// A part of a request that cannot be followed.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub(crate) enum StructuredError {
-    /// Two fields restrict the same answer.
-    #[error("{first}, {second}: at most one of the two is allowed")]
-    Conflict {
-        /// One field.
-        first: &'static str,
-        /// The other.
-        second: &'static str,
-    },
-    /// A field has a value that it may not have.
-    #[error("{field}: {value} is not allowed; allowed: {allowed}")]
-    Field {
-        /// The field's path in the request, as `tools[2].function.name`.
-        field: String,
-        /// The value as JSON, shortened.
-        value: String,
-        /// What it may be.
-        allowed: String,
-    },
-}
-
-impl StructuredError {
-    /// The field at fault, as errors name it in `param`.
-    pub(crate) fn field(&self) -> &str {
-        match self {
-            StructuredError::Conflict { second, .. } => second,
-            StructuredError::Field { field, .. } => field,
-        }
-    }
-
-    /// `value` is `Null` if the field is missing.
-    fn wrong(field: impl Into<String>, value: &Value, allowed: impl Into<String>) -> StructuredError {
-        const MAX_CHARS: usize = 100;
-        let mut text = value.to_string();
-        if let Some((end, _)) = text.char_indices().nth(MAX_CHARS) {
-            text.truncate(end);
-            text.push_str("...");
-        }
-        StructuredError::Field { field: field.into(), value: text, allowed: allowed.into() }
-    }
-}
-
-/// How a model marks its thinking and its tool calls, for grammars.
-#[derive(Clone, Debug)]
-pub(crate) struct GrammarMarkers {
-    architecture: Architecture,
-    tool_format: ToolFormat,
-    thinking_open: Marker,
-    thinking_close: Marker,
-    tool_open: Marker,
-    tool_close: Option<Marker>,
-}
-
-/// A marker is a token of its own where the tokenizer has one, otherwise text.
-#[derive(Clone, Debug)]
-enum Marker {
-    Token(TokenId),
-    Text(&'static str),
-}
-
-impl Marker {
-    fn lark(&self) -> String {
-        match self {
-            Marker::Token(TokenId(id)) => format!("<[{id}]>"),
-            Marker::Text(text) => string(text),
-        }
-    }
-}
-
-impl GrammarMarkers {
-    /// The markers of a network; `id_of` is the tokenizer's token for exactly this text.
-    pub(crate) fn new(architecture: Architecture, id_of: impl Fn(&str) -> Option<TokenId>) -> GrammarMarkers {
-        let marker = |text| id_of(text).map_or(Marker::Text(text), Marker::Token);
-        let (thinking_open, thinking_close) = thinking_delimiters(architecture);
-        let tool_format = architecture.tool_format();
-        GrammarMarkers {
-            architecture,
-            tool_format,
-            thinking_open: marker(thinking_open),
-            thinking_close: marker(thinking_close),
-            tool_open: marker(tool_format.open()),
-            tool_close: tool_format.close().map(marker),
-        }
-    }
 }
 
 /// The grammar of what the model is to write, `None` if that is free.

@@ -189,14 +189,13 @@ impl SamplingArgs {
 
     /// Sampling parameters; `defaults` fill what the command line leaves open.
     pub(crate) fn params(&self, defaults: &GenerationDefaults) -> SamplingParams {
-        // A file that does not ask for sampling states its temperature in vain.
-        let default_temperature = if defaults.is_greedy() { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
+        let defaults = SamplingParams::from(defaults);
         SamplingParams {
-            temperature: self.temperature.unwrap_or(default_temperature),
+            temperature: self.temperature.unwrap_or(defaults.temperature),
             top_k: self.top_k.or(defaults.top_k),
-            top_p: self.top_p.or(defaults.top_p).unwrap_or(1.0),
-            min_p: self.min_p.or(defaults.min_p).unwrap_or(0.0),
-            repetition_penalty: self.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
+            top_p: self.top_p.unwrap_or(defaults.top_p),
+            min_p: self.min_p.unwrap_or(defaults.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
             presence_penalty: self.presence_penalty.unwrap_or(0.0),
             frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
             logit_bias: self.logit_bias.iter().copied().collect(),
@@ -271,6 +270,15 @@ pub(crate) struct ServingLimits {
     pub(crate) kv_bytes: Option<u64>,
 }
 
+/// An engine, and what it computes on.
+pub(crate) struct Loaded {
+    pub(crate) engine: Engine,
+    pub(crate) cpu: Cpu,
+    pub(crate) load_time: Duration,
+    /// The greatest length of a sequence.
+    pub(crate) max_sequence_tokens: usize,
+}
+
 /// The small files of a checkpoint: enough to make prompts of text.
 pub(crate) struct Frontend {
     /// The checkpoint's directory.
@@ -338,8 +346,7 @@ impl Frontend {
     }
 
     /// Load the weights and make an engine that can hold `sequence_tokens`, the greatest length of each sequence.
-    /// Returns the engine and the time that loading took.
-    pub(crate) fn load(&self, args: &ModelArgs, sequence_tokens: &[usize]) -> Result<(Engine, Duration)> {
+    pub(crate) fn load(&self, args: &ModelArgs, sequence_tokens: &[usize]) -> Result<Loaded> {
         let start = Instant::now();
         let (activation, kv) = (self.activation(args), self.kv_type(args));
         let tokenizer = self.tokenizer.as_ref().ok().cloned();
@@ -364,12 +371,13 @@ impl Frontend {
             cpu.num_threads(),
             cpu.isa().name()
         );
-        Ok((Engine::new(model, cpu, tokenizer, &config), start.elapsed()))
+        let engine = Engine::new(model, &cpu, tokenizer, &config);
+        Ok(Loaded { engine, cpu, load_time: start.elapsed(), max_sequence_tokens: config.max_sequence_tokens })
     }
 
-    /// Load the weights and make an engine that serves requests yet unknown. Returns it with the greatest length of a
-    /// sequence.
-    pub(crate) fn load_for_serving(&self, args: &ModelArgs, limits: &ServingLimits) -> Result<(Engine, usize)> {
+    /// Load the weights and make an engine that serves requests yet unknown.
+    pub(crate) fn load_for_serving(&self, args: &ModelArgs, limits: &ServingLimits) -> Result<Loaded> {
+        let start = Instant::now();
         let (activation, kv) = (self.activation(args), self.kv_type(args));
         let tokenizer = self.tokenizer.as_ref().ok().cloned();
         let context = self.config.max_position_embeddings;
@@ -415,8 +423,8 @@ impl Frontend {
             config.max_sequence_tokens,
             cpu.num_threads()
         ));
-        let max_sequence_tokens = config.max_sequence_tokens;
-        Ok((Engine::new(model, cpu, tokenizer, &config), max_sequence_tokens))
+        let engine = Engine::new(model, &cpu, tokenizer, &config);
+        Ok(Loaded { engine, cpu, load_time: start.elapsed(), max_sequence_tokens: config.max_sequence_tokens })
     }
 
     /// Load the weights, and start the threads that compute.
@@ -468,5 +476,29 @@ impl Frontend {
         plan.check(available, paging).with_context(|| self.dir.display().to_string())?;
         tracing::info!("memory: {plan} of {} available", DecimalBytes(available));
         Ok(Some(plan.left_bytes(available, paging)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        sampling: SamplingArgs,
+    }
+
+    #[test]
+    fn a_silent_command_line_means_what_the_file_says_as_in_a_request() {
+        let Line { sampling } = Line::parse_from(["moge"]);
+        for do_sample in [None, Some(false), Some(true)] {
+            for temperature in [None, Some(0.6)] {
+                let defaults = GenerationDefaults { do_sample, temperature, top_k: Some(50), ..Default::default() };
+                assert_eq!(sampling.params(&defaults), SamplingParams::from(&defaults));
+            }
+        }
     }
 }

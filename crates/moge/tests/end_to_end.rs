@@ -156,7 +156,7 @@ fn a_stop_string_ends_the_text_before_it_and_a_stop_token_is_in_tokens_only() {
 }
 
 #[test]
-fn a_file_of_prompts_gives_the_same_answers_in_order_as_each_alone() {
+fn a_file_of_prompts_gives_the_same_answers_in_order_as_each_alone_with_its_seed() {
     let model = Synthetic::new("qwen3");
     let file = model.path().join("prompts.jsonl");
     std::fs::write(
@@ -164,13 +164,14 @@ fn a_file_of_prompts_gives_the_same_answers_in_order_as_each_alone() {
         "{\"prompt\": \"one\"}\n\n{\"tokens\": [300, 301, 302]}\n{\"prompt\": \"three 3\", \"max_tokens\": 3}\n",
     )
     .unwrap();
-    let sampling = ["-n", "7", "--temperature", "1.5", "--seed", "9", "--ignore-eos"];
-    let args = ["generate", "-m", &model.arg(), "--input", file.to_str().unwrap()];
+    let sampling = ["-n", "7", "--temperature", "1.5", "--ignore-eos"];
+    let args = ["generate", "-m", &model.arg(), "--input", file.to_str().unwrap(), "--seed", "9"];
     let lines = stdout(moge(&[&args[..], &sampling].concat()));
     let together: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(together.len(), 3);
-    for (answer, prompt) in together.iter().zip([["-p", "one"], ["--tokens", "300,301,302"], ["-p", "three 3"]]) {
-        let args = ["generate", "-m", &model.arg(), "--format", "json"];
+    let prompts = [["-p", "one"], ["--tokens", "300,301,302"], ["-p", "three 3"]];
+    for ((answer, prompt), seed) in together.iter().zip(prompts).zip(["9", "10", "11"]) {
+        let args = ["generate", "-m", &model.arg(), "--format", "json", "--seed", seed];
         let alone = json_of(moge(&[&args[..], &prompt, &sampling].concat()));
         let num_tokens = answer["tokens"].as_array().unwrap().len();
         assert_eq!(answer["prompt_tokens"], alone["prompt_tokens"]);
@@ -292,7 +293,7 @@ fn damaged_checkpoints_are_refused_with_file_and_field() {
     assert_refused(&generate, &["config.json", "not a JSON object"]);
     std::fs::write(&config, good.replace("\"silu\"", "\"gelu\"")).unwrap();
     assert_refused(&generate, &["config.json: hidden_act", "gelu"]);
-    std::fs::write(&config, good.replace("PanguProMoEForCausalLM", "LlamaForCausalLM")).unwrap();
+    std::fs::write(&config, good.replace("PanguProMoEForCausalLM", "GPT2LMHeadModel")).unwrap();
     assert_refused(&generate, &["architectures", "supported: PanguProMoEForCausalLM"]);
     let mut small: Value = serde_json::from_str(&good).unwrap();
     small["vocab_size"] = json!(300);

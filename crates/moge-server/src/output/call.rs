@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use moge_model::ToolFormat;
 
-use super::Deltas;
+use super::delta::Deltas;
 
 /// The longest name of a function, as OpenAI's API allows it.
 pub(crate) const MAX_NAME_LEN: usize = 64;

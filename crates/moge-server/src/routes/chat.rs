@@ -9,11 +9,11 @@ use moge_engine::{MAX_LOGPROBS, SequenceOutput};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::{blocking, check_model};
-use crate::answer::{self, Chunks, Head, Usage};
+use crate::answer::{self, ResponseHead, StreamEncoder, Usage};
 use crate::app::{AppState, Serving};
+use crate::blocking::blocking;
 use crate::body::Json;
-use crate::conversation::{Conversation, Prepared, ToolFields, Turn, TurnPiece};
+use crate::conversation::{Conversation, Prepared, ToolFields, Turn, TurnDelta};
 use crate::error::ApiError;
 use crate::output::Delta;
 use crate::params::{FormatFields, SamplingFields};
@@ -44,11 +44,11 @@ pub(crate) async fn chat_completions(
     Json(fields, sampling, format): Json<ChatFields, SamplingFields, FormatFields>,
 ) -> Result<Response, ApiError> {
     let serving = Arc::clone(state.serving()?);
-    check_model(&serving, fields.model.as_deref())?;
+    serving.check_name(fields.model.as_deref())?;
     let is_streamed = sampling.is_streamed();
     let engine = serving.engine.clone();
     let (random_seed, max_answers) = (state.random(0), state.config.max_answers);
-    let head = Head::new(state.new_id(ID_PREFIX), &serving.model.name, sampling.wants_usage());
+    let head = ResponseHead::new(state.new_id(ID_PREFIX), &serving.model.name, sampling.wants_usage());
     let wants_logprobs = fields.logprobs.unwrap_or(false);
     let prepare = move || prepare(&serving, fields, &sampling, format, random_seed, max_answers);
     let Prepared { requests, turns, num_prompt_tokens } = blocking(prepare).await??;
@@ -62,7 +62,7 @@ pub(crate) async fn chat_completions(
     }
     let mut whole: Vec<Whole> = writer.turns.iter().map(|_| Whole::default()).collect();
     while let Some((index, output)) = answers.next().await? {
-        whole[index].append(writer.piece(index, output)?);
+        whole[index].append(writer.piece(index, &output)?);
     }
     let choices = whole.into_iter().enumerate().map(|(index, whole)| writer.choice(index, whole));
     let choices: Vec<Value> = choices.collect();
@@ -115,7 +115,7 @@ struct Whole {
 }
 
 impl Whole {
-    fn append(&mut self, piece: TurnPiece) {
+    fn append(&mut self, piece: TurnDelta) {
         for delta in piece.deltas {
             match delta {
                 Delta::Reasoning(text) => self.reasoning.get_or_insert_default().push_str(&text),
@@ -130,16 +130,16 @@ impl Whole {
 }
 
 struct Writer {
-    head: Head,
+    head: ResponseHead,
     turns: Vec<Turn>,
     usage: Usage,
     wants_logprobs: bool,
 }
 
 impl Writer {
-    fn piece(&mut self, index: usize, output: SequenceOutput) -> Result<TurnPiece, ApiError> {
-        self.usage.add(&output, index == 0);
-        let piece = self.turns[index].take(&output)?;
+    fn piece(&mut self, index: usize, output: &SequenceOutput) -> Result<TurnDelta, ApiError> {
+        self.usage.add(output, index == 0);
+        let piece = self.turns[index].take(output)?;
         self.usage.reasoning_tokens += piece.num_reasoning_tokens;
         Ok(piece)
     }
@@ -214,9 +214,9 @@ impl Writer {
     }
 }
 
-impl Chunks for Writer {
-    fn take(&mut self, index: usize, output: SequenceOutput) -> Result<Vec<Event>, ApiError> {
-        let TurnPiece { deltas, mut logprobs, finish_reason, .. } = self.piece(index, output)?;
+impl StreamEncoder for Writer {
+    fn take(&mut self, index: usize, output: &SequenceOutput) -> Result<Vec<Event>, ApiError> {
+        let TurnDelta { deltas, mut logprobs, finish_reason, .. } = self.piece(index, output)?;
         let mut events = Vec::new();
         for delta in deltas {
             let delta = self.delta(index, delta);

@@ -10,11 +10,12 @@ use moge_model::{Prefix, TokenId};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::{blocking, check_model};
-use crate::answer::{self, Chunks, CompletionLogprobs, ExpertIds, Head, Usage, finish_reason};
+use crate::answer::{self, CompletionLogprobs, ResponseHead, StreamEncoder, Usage, finish_reason};
 use crate::app::{AppState, Serving};
+use crate::blocking::blocking;
 use crate::body::Json;
 use crate::error::ApiError;
+use crate::expert_ids::ExpertIds;
 use crate::params::{FormatFields, SamplingFields};
 use crate::structured::tools::ToolChoice;
 use crate::structured::{ThinkingPhase, grammar};
@@ -64,8 +65,8 @@ pub(crate) async fn completions(
     Json(fields, sampling, format): Json<CompletionFields, SamplingFields, FormatFields>,
 ) -> Result<Response, ApiError> {
     let serving = Arc::clone(state.serving()?);
-    check_model(&serving, fields.model.as_deref())?;
-    let head = Head::new(state.new_id("cmpl-"), &serving.model.name, sampling.wants_usage());
+    serving.check_name(fields.model.as_deref())?;
+    let head = ResponseHead::new(state.new_id("cmpl-"), &serving.model.name, sampling.wants_usage());
     let is_streamed = sampling.is_streamed();
     let engine = serving.engine.clone();
     let (random_seed, max_answers) = (state.random(0), state.config.max_answers);
@@ -77,9 +78,9 @@ pub(crate) async fn completions(
     if is_streamed {
         return Ok(answer::stream(answers, Vec::new(), writer));
     }
-    let mut whole: Vec<Piece> = writer.choices.iter().map(|_| Piece::default()).collect();
+    let mut whole: Vec<TextDelta> = writer.choices.iter().map(|_| TextDelta::default()).collect();
     while let Some((index, output)) = answers.next().await? {
-        whole[index].append(writer.piece(index, output)?);
+        whole[index].append(writer.piece(index, &output)?);
     }
     let choices = whole.into_iter().enumerate().map(|(index, piece)| writer.choice(index, piece, true));
     let choices: Vec<Value> = choices.collect();
@@ -106,14 +107,14 @@ struct Choice {
 
 /// A part of an answer, or all of it.
 #[derive(Default)]
-struct Piece {
+struct TextDelta {
     text: String,
     logprobs: CompletionLogprobs,
     finish_reason: Option<&'static str>,
 }
 
-impl Piece {
-    fn append(&mut self, next: Piece) {
+impl TextDelta {
+    fn append(&mut self, next: TextDelta) {
         self.text += &next.text;
         self.logprobs.append(next.logprobs);
         self.finish_reason = next.finish_reason.or(self.finish_reason);
@@ -195,22 +196,22 @@ fn prompts(serving: &Serving, fields: &CompletionFields) -> Result<Vec<Prompt>, 
 }
 
 struct Writer {
-    head: Head,
+    head: ResponseHead,
     choices: Vec<Choice>,
     usage: Usage,
 }
 
 impl Writer {
     /// What an output adds to its answer.
-    fn piece(&mut self, index: usize, output: SequenceOutput) -> Result<Piece, ApiError> {
+    fn piece(&mut self, index: usize, output: &SequenceOutput) -> Result<TextDelta, ApiError> {
         let choice = &mut self.choices[index];
         if !choice.no_tokens {
-            self.usage.add(&output, choice.is_first);
+            self.usage.add(output, choice.is_first);
         }
-        choice.take(&output)
+        choice.take(output)
     }
 
-    fn choice(&self, index: usize, piece: Piece, is_last: bool) -> Value {
+    fn choice(&self, index: usize, piece: TextDelta, is_last: bool) -> Value {
         let choice = &self.choices[index];
         let mut object = Map::new();
         object.insert("index".to_owned(), index.into());
@@ -230,8 +231,8 @@ impl Writer {
 }
 
 impl Choice {
-    fn take(&mut self, output: &SequenceOutput) -> Result<Piece, ApiError> {
-        let mut piece = Piece::default();
+    fn take(&mut self, output: &SequenceOutput) -> Result<TextDelta, ApiError> {
+        let mut piece = TextDelta::default();
         let tokenizer = &self.serving.model.tokenizer;
         if let Some(expert_ids) = &mut self.expert_ids {
             expert_ids.push(&output.expert_ids);
@@ -263,8 +264,8 @@ impl Choice {
     }
 }
 
-impl Chunks for Writer {
-    fn take(&mut self, index: usize, output: SequenceOutput) -> Result<Vec<Event>, ApiError> {
+impl StreamEncoder for Writer {
+    fn take(&mut self, index: usize, output: &SequenceOutput) -> Result<Vec<Event>, ApiError> {
         let piece = self.piece(index, output)?;
         if piece.text.is_empty() && piece.logprobs.is_empty() && piece.finish_reason.is_none() {
             return Ok(Vec::new());

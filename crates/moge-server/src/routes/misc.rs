@@ -10,8 +10,8 @@ use moge_model::{Prefix, TokenId, eos_token_ids};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::{blocking, check_model};
 use crate::app::{AppState, Serving};
+use crate::blocking::blocking;
 use crate::body::Json;
 use crate::conversation::{Conversation, ToolFields};
 use crate::error::ApiError;
@@ -29,7 +29,7 @@ pub(crate) async fn model(
 ) -> Result<axum::Json<Value>, ApiError> {
     let serving = state.serving()?;
     let Path(name) = name.map_err(|error| ApiError::invalid("model", error.to_string()))?;
-    check_model(serving, Some(&name))?;
+    serving.check_name(Some(&name))?;
     Ok(axum::Json(model_object(&state, serving)))
 }
 
@@ -62,7 +62,7 @@ pub(crate) async fn tokenize(
     Json(fields, ..): Json<TokenizeFields>,
 ) -> Result<axum::Json<Value>, ApiError> {
     let serving = Arc::clone(state.serving()?);
-    check_model(&serving, fields.model.as_deref())?;
+    serving.check_name(fields.model.as_deref())?;
     blocking(move || {
         let tokens = tokens_of(&serving, &fields)?;
         let strings: Option<Vec<String>> = fields
@@ -112,7 +112,7 @@ pub(crate) async fn detokenize(
     Json(fields, ..): Json<DetokenizeFields>,
 ) -> Result<axum::Json<Value>, ApiError> {
     let serving = Arc::clone(state.serving()?);
-    check_model(&serving, fields.model.as_deref())?;
+    serving.check_name(fields.model.as_deref())?;
     let vocab_size = serving.model.config.vocab_size;
     if let Some(index) = fields.tokens.iter().position(|&token| token as usize >= vocab_size) {
         let message = format!("{} is not allowed, must be below {vocab_size}", fields.tokens[index]);

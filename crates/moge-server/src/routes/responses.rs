@@ -11,10 +11,11 @@ use moge_engine::SamplingParams;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::{blocking, check_model};
-use crate::answer::{self, Chunks};
-use crate::app::{AppState, Serving, unix_seconds};
+use crate::answer::{self, StreamEncoder};
+use crate::app::{AppState, Serving};
+use crate::blocking::blocking;
 use crate::body::Json;
+use crate::clock::unix_seconds;
 use crate::conversation::{Conversation, ENABLE_THINKING, Prepared, ToolFields};
 use crate::error::ApiError;
 use crate::params::{FormatFields, SamplingFields};
@@ -63,7 +64,7 @@ pub(crate) async fn responses(
     Json(fields, sampling, format): Json<ResponsesFields, SamplingFields, FormatFields>,
 ) -> Result<Response, ApiError> {
     let serving = Arc::clone(state.serving()?);
-    check_model(&serving, fields.model.as_deref())?;
+    serving.check_name(fields.model.as_deref())?;
     let is_streamed = sampling.is_streamed();
     let engine = serving.engine.clone();
     let (random_seed, id) = (state.random(0), state.new_id(""));
@@ -85,7 +86,7 @@ pub(crate) async fn responses(
     }
     // The same as with a stream, so that both have the same result.
     while let Some((index, output)) = answers.next().await? {
-        writer.take(index, output)?;
+        writer.take(index, &output)?;
     }
     writer.end();
     Ok(axum::Json(writer.response()).into_response())

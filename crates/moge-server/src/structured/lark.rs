@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::StructuredError;
+use super::error::StructuredError;
 
 /// The most whitespace between two tokens of JSON. Without a bound a model that is held to JSON it did not expect may
 /// write whitespace for ever.

@@ -5,8 +5,9 @@ use std::collections::HashMap;
 use moge_model::ToolFormat;
 use serde_json::{Value, json};
 
+use super::error::StructuredError;
 use super::lark::{json_schema, string};
-use super::{GrammarMarkers, StructuredError};
+use super::markers::{GrammarMarkers, Marker};
 use crate::output::{MAX_NAME_LEN, is_name_char};
 
 /// A function that the model may call.
@@ -117,7 +118,7 @@ pub(super) fn calls(
         ToolChoice::None | ToolChoice::Auto | ToolChoice::Required => (tools, parallel_tool_calls),
     };
     let open = markers.tool_open.lark();
-    let close = markers.tool_close.as_ref().map(super::Marker::lark).unwrap_or_default();
+    let close = markers.tool_close.as_ref().map(Marker::lark).unwrap_or_default();
     let repeat = |separator: &str, call: &str| {
         if is_repeatable { format!("{call} ({separator} {call})*") } else { call.to_owned() }
     };

@@ -108,10 +108,11 @@ impl TestServer {
             max_model_len: CONTEXT,
             grammars,
         };
-        let engine = Engine::new(model, Cpu::new(Isa::select().unwrap(), 1), Some(tokenizer), &setup.engine);
+        let cpu = Cpu::new(Isa::select().unwrap(), 1);
+        let engine = Engine::new(model, &cpu, Some(tokenizer), &setup.engine);
         let server = Server::start(setup.server, || ()).unwrap();
         let address = server.address();
-        let thread = std::thread::spawn(move || server.run(engine, served, || ()));
+        let thread = std::thread::spawn(move || server.run(engine, cpu, served, || ()));
         let server = TestServer { address, thread, _folder: folder };
         eventually("the model is served", || server.get("/ready").status == 200);
         server

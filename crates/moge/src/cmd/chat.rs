@@ -1,20 +1,26 @@
 //! `moge chat`: one answer, or a conversation.
 
+mod answering;
+mod printer;
+
 use std::io::IsTerminal;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use moge_engine::{Engine, FinishReason, Request, SamplingParams};
-use moge_model::{ChatTemplate, Prefix, Thinking, TokenId, Tokenizer, thinking_tokens};
+use moge_model::{ChatTemplate, Cpu, Prefix, Thinking, TokenId, Tokenizer, thinking_tokens};
 use rustyline::error::ReadlineError;
 
+use answering::{Answering, Stats};
+use printer::Printer;
+
 use crate::conversation::Conversation;
-use crate::frontend::{ModelArgs, SamplingArgs};
+use crate::frontend::{Loaded, ModelArgs, SamplingArgs};
 use crate::interrupt::Interrupt;
-use crate::output::{is_reader_gone, one_line, print, print_line, say, say_line};
-use crate::thinking::{Part, ThinkingSplitter};
+use crate::output::{is_reader_gone, one_line, say_line};
+use crate::thinking::ThinkingSplitter;
 
 const HELP: &str = "/reset          forget the conversation, keep the system message
 /system TEXT    set the system message (no TEXT: remove it)
@@ -73,7 +79,7 @@ pub(crate) fn run(args: &ChatArgs) -> Result<()> {
     let params = SamplingParams { max_tokens: args.max_tokens, ..args.sampling.params(&frontend.defaults) };
     params.validate(frontend.config.vocab_size)?;
     let context = args.context.min(frontend.config.max_position_embeddings);
-    let (engine, _) = frontend.load(&args.model, &[context])?;
+    let Loaded { engine, cpu, .. } = frontend.load(&args.model, &[context])?;
     let mut conversation = Conversation::default();
     conversation.thinking = args.think.map_or(Thinking::Default, Thinking::from);
     conversation.set_system(args.system.as_deref().unwrap_or_default());
@@ -81,6 +87,7 @@ pub(crate) fn run(args: &ChatArgs) -> Result<()> {
     let seed_is_given = args.sampling.seed_is_given();
     let mut chat = Chat {
         engine,
+        cpu,
         tokenizer: &tokenizer,
         thinking_tokens: thinking_tokens(&tokenizer, frontend.config.architecture),
         template,
@@ -106,6 +113,7 @@ pub(crate) fn run(args: &ChatArgs) -> Result<()> {
 
 struct Chat<'a> {
     engine: Engine,
+    cpu: Cpu,
     tokenizer: &'a Tokenizer,
     thinking_tokens: Option<(TokenId, TokenId)>,
     template: ChatTemplate,
@@ -116,14 +124,6 @@ struct Chat<'a> {
     context: usize,
     interrupt: Interrupt,
     stats: Option<Stats>,
-}
-
-/// What the last answer cost.
-struct Stats {
-    prompt_tokens: usize,
-    prefill_time: Duration,
-    answer_tokens: usize,
-    decode_time: Duration,
 }
 
 impl Chat<'_> {
@@ -196,45 +196,20 @@ impl Chat<'_> {
             sampling.seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
         }
         let mut printer = Printer::new(ThinkingSplitter::new(self.tokenizer, self.thinking_tokens, &prompt));
-        let mut stats = Stats {
-            prompt_tokens: prompt.len(),
-            prefill_time: Duration::ZERO,
-            answer_tokens: 0,
-            decode_time: Duration::ZERO,
-        };
-        let id = self.engine.add_request(Request { prompt, sampling, grammar: None })?;
+        let request = Request { prompt, sampling, grammar: None };
         let _answering = self.interrupt.answering();
-        let mut finish_reason = None;
-        while finish_reason.is_none() {
-            if self.interrupt.requested() {
-                self.engine.cancel(id);
-                finish_reason = Some(FinishReason::Cancelled);
-                break;
-            }
-            let start = Instant::now();
-            for output in self.engine.step() {
-                let time =
-                    if output.num_prefilled_tokens > 0 { &mut stats.prefill_time } else { &mut stats.decode_time };
-                *time += start.elapsed();
-                let num_tokens = output.sampled.len();
-                stats.answer_tokens += num_tokens;
-                // The token that stops the answer is no part of it.
-                let num_stops = usize::from(output.finish_reason == Some(FinishReason::Stop));
-                for sampled in output.sampled.iter().take(num_tokens.saturating_sub(num_stops)) {
-                    printer.push(sampled.token)?;
-                }
-                finish_reason = output.finish_reason;
-            }
-        }
-        self.stats = Some(stats);
+        let is_interrupted = || self.interrupt.requested();
+        let mut job = Answering::start(&mut self.engine, request)?;
+        let finish_reason = job.run(&self.cpu, &is_interrupted, &mut |token| printer.push(token))?;
+        self.stats = Some(job.stats);
         let answer = printer.finish()?;
         match finish_reason {
-            Some(FinishReason::NoFiniteLogit) => bail!("the model's logits are not numbers"),
-            Some(FinishReason::Length) if max_tokens < self.max_tokens => {
+            FinishReason::NoFiniteLogit => bail!("the model's logits are not numbers"),
+            FinishReason::Length if max_tokens < self.max_tokens => {
                 tracing::warn!("the answer stops where the context of {} tokens is full", self.context);
                 Ok((answer, FinishReason::Length))
             }
-            reason => Ok((answer, reason.unwrap_or(FinishReason::Stop))),
+            reason => Ok((answer, reason)),
         }
     }
 
@@ -243,11 +218,14 @@ impl Chat<'_> {
             say_line("no answer yet");
             return;
         };
-        let Stats { prompt_tokens, prefill_time, answer_tokens, decode_time } = *stats;
+        let Stats { prompt_tokens, computed_tokens, prefill_time, answer_tokens, decode_time } = *stats;
         let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(1e-9);
         // The first token of the answer comes out of the prefill.
         let decoded = answer_tokens.saturating_sub(1);
-        say_line(format_args!("prompt  {prompt_tokens} tokens, {:.1} tokens/s", rate(prompt_tokens, prefill_time)));
+        say_line(format_args!(
+            "prompt  {prompt_tokens} tokens, {computed_tokens} of them computed, {:.1} tokens/s",
+            rate(computed_tokens, prefill_time)
+        ));
         say_line(format_args!("answer  {answer_tokens} tokens, {:.1} tokens/s", rate(decoded, decode_time)));
         say_line(format_args!("context {} of {} tokens", prompt_tokens + answer_tokens, self.context));
     }
@@ -273,77 +251,5 @@ fn read_message(editor: &mut rustyline::DefaultEditor) -> Result<Option<String>>
             Err(ReadlineError::Eof) => return Ok((!message.is_empty()).then_some(message)),
             Err(error) => return Err(error).context("standard input"),
         }
-    }
-}
-
-/// What makes a terminal dim the text that follows, and what ends it.
-const DIM: &str = "\x1b[2m";
-const UNDIM: &str = "\x1b[0m";
-
-/// Writes thinking and answer where each belongs: both to a terminal, the thinking dimmed; else the thinking to
-/// standard error and the answer to standard output.
-struct Printer<'a> {
-    splitter: ThinkingSplitter<'a>,
-    answer: String,
-    terminal: bool,
-    /// Thinking has been written and its line has not ended.
-    in_thinking: bool,
-}
-
-impl<'a> Printer<'a> {
-    fn new(splitter: ThinkingSplitter<'a>) -> Printer<'a> {
-        Printer { splitter, answer: String::new(), terminal: std::io::stdout().is_terminal(), in_thinking: false }
-    }
-
-    fn push(&mut self, token: TokenId) -> Result<()> {
-        let (part, text) = self.splitter.push(token);
-        self.print(part, &text)
-    }
-
-    fn print(&mut self, part: Part, text: &str) -> Result<()> {
-        match part {
-            Part::Answer => {
-                // What separates the answer from the thinking is no part of it.
-                let text = if self.answer.is_empty() { text.trim_start() } else { text };
-                if !text.is_empty() {
-                    self.end_thinking()?;
-                }
-                self.answer += text;
-                print(text)?;
-            }
-            Part::Thinking if text.is_empty() => {}
-            Part::Thinking if self.terminal => {
-                print(format_args!("{}{text}", if self.in_thinking { "" } else { DIM }))?;
-                self.in_thinking = true;
-            }
-            Part::Thinking => {
-                say(text);
-                self.in_thinking = true;
-            }
-        }
-        Ok(())
-    }
-
-    /// The answer begins on a line of its own.
-    fn end_thinking(&mut self) -> Result<()> {
-        if std::mem::take(&mut self.in_thinking) {
-            if self.terminal {
-                print(format_args!("{UNDIM}\n"))?;
-            } else {
-                say("\n");
-            }
-        }
-        Ok(())
-    }
-
-    fn finish(mut self) -> Result<String> {
-        let (part, text) = self.splitter.finish();
-        self.print(part, &text)?;
-        let in_line = !(self.terminal && self.in_thinking);
-        self.end_thinking()?;
-        if in_line {
-            print_line("")?;
-        }
-        Ok(self.answer)
     }
 }

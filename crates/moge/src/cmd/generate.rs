@@ -9,11 +9,11 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use indicatif::ProgressBar;
 use moge_engine::{Engine, FinishReason, Request, RowLogprobs, Sampled, SamplingParams, SeqId, SequenceOutput};
-use moge_model::{Prefix, TokenId};
+use moge_model::{Cpu, Prefix, TokenId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::frontend::{Frontend, ModelArgs, SamplingArgs, parse_token_id};
+use crate::frontend::{Frontend, Loaded, ModelArgs, SamplingArgs, parse_token_id};
 use crate::input::{read_text_file, without_byte_order_mark};
 use crate::interrupt::Interrupt;
 use crate::output::{print, print_line};
@@ -68,7 +68,8 @@ struct PromptSource {
         allow_negative_numbers = true
     )]
     tokens: Option<Vec<TokenId>>,
-    /// JSON lines, each {"prompt": TEXT} or {"tokens": [ID, ..]} with an optional "max_tokens": all run in one batch
+    /// JSON lines, each {"prompt": TEXT} or {"tokens": [ID, ..]} with an optional "max_tokens": all run in one batch, the
+    /// first with --seed, each other one with the next seed
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
 }
@@ -110,10 +111,10 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let sequence_tokens: Vec<usize> =
         prompts.iter().map(|prompt| (prompt.tokens.len().saturating_add(prompt.max_tokens)).min(context)).collect();
     check_prompts(&prompts, &params, &frontend)?;
-    let (mut engine, load_time) = frontend.load(&args.model, &sequence_tokens)?;
+    let Loaded { mut engine, cpu, load_time, .. } = frontend.load(&args.model, &sequence_tokens)?;
     let bar = if many { progress::items("prompts", prompts.len()) } else { ProgressBar::hidden() };
     let output = if text_only { Output::Text } else { Output::Json { frontend: &frontend, load_time, bar } };
-    generate(&mut engine, prompts, &params, &output)
+    generate(&mut engine, &cpu, prompts, &params, &output)
 }
 
 /// Refuse before the weights are loaded what the engine would refuse after.
@@ -210,11 +211,19 @@ struct Generation {
     prompt_logprobs: Option<Vec<Option<RowLogprobs>>>,
 }
 
-fn generate(engine: &mut Engine, prompts: Vec<Prompt>, params: &SamplingParams, output: &Output) -> Result<()> {
+fn generate(
+    engine: &mut Engine,
+    cpu: &Cpu,
+    prompts: Vec<Prompt>,
+    params: &SamplingParams,
+    output: &Output,
+) -> Result<()> {
     // In the order of the prompts, so by ascending id; those at the front leave when they are finished.
     let mut generations = VecDeque::with_capacity(prompts.len());
-    for Prompt { tokens, max_tokens, .. } in prompts {
-        let sampling = SamplingParams { max_tokens: Some(max_tokens), ..params.clone() };
+    for (index, Prompt { tokens, max_tokens, .. }) in (0..).zip(prompts) {
+        // Equal prompts give answers of their own, as those to one request with `n` do.
+        let seed = params.seed.wrapping_add(index);
+        let sampling = SamplingParams { max_tokens: Some(max_tokens), seed, ..params.clone() };
         let id = engine.add_request(Request { prompt: tokens.clone(), sampling, grammar: None })?;
         generations.push_back(Generation {
             id,
@@ -228,7 +237,7 @@ fn generate(engine: &mut Engine, prompts: Vec<Prompt>, params: &SamplingParams, 
     let mut timings = Timings::default();
     while engine.has_unfinished() {
         let start = Instant::now();
-        let step = engine.step();
+        let step = engine.step(cpu);
         timings.add(&step, start.elapsed());
         for news in step {
             if let Output::Text = output {

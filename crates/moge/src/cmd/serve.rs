@@ -7,12 +7,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
-use moge_engine::{Engine, GrammarCompiler};
+use moge_engine::GrammarCompiler;
 use moge_model::eos_token_ids;
 use moge_server::{ServedModel, Server, ServerConfig};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::frontend::{Frontend, MAX_BATCHED_TOKENS, ModelArgs, ServingLimits};
+use crate::frontend::{Frontend, Loaded, MAX_BATCHED_TOKENS, ModelArgs, ServingLimits};
 use crate::interrupt::Interrupt;
 use crate::output::say_line;
 
@@ -112,9 +112,9 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         tracing::warn!("anybody who reaches {address} may use the model; --api-key-file asks for a key");
     }
     let frontend = args.model.open(Some(&interrupt))?;
-    let (engine, model) = args.load(&frontend)?;
+    let (Loaded { engine, cpu, .. }, model) = args.load(&frontend)?;
     let ready = format!("{} is ready at http://{address}", model.name);
-    server.run(engine, model, || say_line(format_args!("{ready}")))?;
+    server.run(engine, cpu, model, || say_line(format_args!("{ready}")))?;
     Ok(())
 }
 
@@ -137,7 +137,7 @@ impl ServeArgs {
         })
     }
 
-    fn load(&self, frontend: &Frontend) -> Result<(Engine, ServedModel)> {
+    fn load(&self, frontend: &Frontend) -> Result<(Loaded, ServedModel)> {
         let tokenizer = frontend.tokenizer()?.clone();
         let limits = ServingLimits {
             max_model_len: self.limits.max_model_len,
@@ -148,18 +148,18 @@ impl ServeArgs {
         };
         let eos = eos_token_ids(&frontend.config.eos_token_ids, &frontend.defaults, Some(&tokenizer));
         let grammars = GrammarCompiler::new(&tokenizer, frontend.config.vocab_size, &eos)?;
-        let (engine, max_model_len) = frontend.load_for_serving(&self.model, &limits)?;
+        let loaded = frontend.load_for_serving(&self.model, &limits)?;
         let name = self.listen.served_name.clone().unwrap_or_else(|| frontend.name());
         let model = ServedModel {
             name,
             tokenizer,
             chat_template: frontend.chat_template(),
             defaults: frontend.defaults.clone(),
-            config: engine.model().config().clone(),
-            max_model_len,
+            config: loaded.engine.model().config().clone(),
+            max_model_len: loaded.max_sequence_tokens,
             grammars,
         };
-        Ok((engine, model))
+        Ok((loaded, model))
     }
 }
 

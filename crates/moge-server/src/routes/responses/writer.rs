@@ -4,7 +4,7 @@ use axum::response::sse::Event;
 use moge_engine::SequenceOutput;
 use serde_json::{Map, Value, json};
 
-use crate::answer::{Chunks, Usage};
+use crate::answer::{StreamEncoder, Usage};
 use crate::conversation::Turn;
 use crate::error::ApiError;
 use crate::output::Delta;
@@ -226,10 +226,10 @@ fn extend(object: &mut Value, more: Value) {
     }
 }
 
-impl Chunks for Writer {
-    fn take(&mut self, index: usize, output: SequenceOutput) -> Result<Vec<Event>, ApiError> {
-        self.usage.add(&output, true);
-        let piece = self.turns[index].take(&output)?;
+impl StreamEncoder for Writer {
+    fn take(&mut self, index: usize, output: &SequenceOutput) -> Result<Vec<Event>, ApiError> {
+        self.usage.add(output, true);
+        let piece = self.turns[index].take(output)?;
         self.usage.reasoning_tokens += piece.num_reasoning_tokens;
         for delta in piece.deltas {
             self.add(delta);
