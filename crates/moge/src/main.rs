@@ -3,12 +3,13 @@
 // Printing goes through `output`, which bears a closed pipe.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+mod args;
 mod cmd;
 mod conversation;
-mod frontend;
 mod input;
 mod interrupt;
 mod memory;
+mod model_files;
 mod output;
 mod progress;
 mod thinking;

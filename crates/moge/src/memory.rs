@@ -12,6 +12,8 @@ use moge_train::TrainMemory;
 pub(crate) struct MemoryPlan {
     /// The checkpoint's files.
     pub(crate) weight_bytes: u64,
+    /// Copies of tensors that are not aligned for their type in the files. They never page.
+    pub(crate) copied_bytes: u64,
     /// Keys and values.
     pub(crate) kv_bytes: u64,
     /// Scratch memory of a step.
@@ -20,7 +22,8 @@ pub(crate) struct MemoryPlan {
 
 impl MemoryPlan {
     fn total_bytes(self) -> u64 {
-        self.weight_bytes.saturating_add(self.kv_bytes).saturating_add(self.workspace_bytes)
+        let parts = [self.weight_bytes, self.copied_bytes, self.kv_bytes, self.workspace_bytes];
+        parts.into_iter().fold(0, u64::saturating_add)
     }
 
     /// What must be in memory at once.
@@ -43,7 +46,7 @@ impl MemoryPlan {
         let advice = if self.weight_bytes > available_bytes && !weights_may_page {
             "the weights alone do not fit; --allow-paging runs mapped ones from disk, slowly".to_owned()
         } else {
-            let left = available_bytes.saturating_sub(resident.weight_bytes);
+            let left = available_bytes.saturating_sub(resident.weight_bytes.saturating_add(self.copied_bytes));
             format!("{} would be left for KV cache and workspace", DecimalBytes(left))
         };
         bail!("not enough memory: {self} needed, {} available; {advice}", DecimalBytes(available_bytes))
@@ -52,11 +55,15 @@ impl MemoryPlan {
 
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let MemoryPlan { weight_bytes, kv_bytes, workspace_bytes } = *self;
+        let MemoryPlan { weight_bytes, copied_bytes, kv_bytes, workspace_bytes } = *self;
         let total = DecimalBytes(self.total_bytes());
         let (weights, kv, workspace) =
             (DecimalBytes(weight_bytes), DecimalBytes(kv_bytes), DecimalBytes(workspace_bytes));
-        write!(f, "{total} (weights {weights} + KV cache {kv} + workspace {workspace})")
+        write!(f, "{total} (weights {weights}")?;
+        if copied_bytes > 0 {
+            write!(f, " + copies of unaligned weights {}", DecimalBytes(copied_bytes))?;
+        }
+        write!(f, " + KV cache {kv} + workspace {workspace})")
     }
 }
 
@@ -114,7 +121,12 @@ mod tests {
 
     #[test]
     fn a_plan_that_does_not_fit_says_what_is_needed_and_what_is_there() {
-        let plan = MemoryPlan { weight_bytes: 12_000_000_000, kv_bytes: 3_000_000_000, workspace_bytes: 70_000_000 };
+        let plan = MemoryPlan {
+            weight_bytes: 12_000_000_000,
+            copied_bytes: 0,
+            kv_bytes: 3_000_000_000,
+            workspace_bytes: 70_000_000,
+        };
         plan.check(15_070_000_000, false).unwrap();
         let error = plan.check(15_000_000_000, false).unwrap_err().to_string();
         let expected = "not enough memory: 15.07 GB (weights 12.00 GB + KV cache 3.00 GB + workspace 70.00 MB) needed, \

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::options::Options;
-use super::session::Session;
+use super::session::{Session, median};
 use super::{Engine, Model};
 
 /// The losses of an engine that computes in f32 may differ from PyTorch's by this much, at any step.
@@ -67,17 +67,6 @@ fn ratio(rows: &[Row]) -> Option<f64> {
     let (ours, theirs) = (best(rows, true)?, best(rows, false)?);
     let rates = |row: &Row| row.sessions.iter().map(Session::tokens_per_s).collect::<Vec<f64>>();
     Some(median(rates(ours).into_iter().zip(rates(theirs)).map(|(ours, theirs)| ours / theirs)))
-}
-
-/// The middle value; of an even number, the mean of the two in the middle.
-///
-/// # Panics
-/// If there is no value.
-pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> f64 {
-    let mut sorted: Vec<f64> = values.into_iter().collect();
-    sorted.sort_by(f64::total_cmp);
-    let (low, high) = (sorted[(sorted.len() - 1) / 2], sorted[sorted.len() / 2]);
-    (low + high) / 2.0
 }
 
 const TITLES: [&str; 7] = ["model", "engine", "tokens/s", "GFLOP/s", "share of peak", "peak memory", "loss differs by"];

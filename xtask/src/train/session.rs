@@ -10,8 +10,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::report::median;
-
 /// Without a limit of its own, a program that says nothing any more would hold us for ever.
 const LONGEST: Duration = Duration::from_secs(3600);
 
@@ -114,6 +112,17 @@ fn peak_bytes_of(process: u32) -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kibibytes: u64 = line.trim().strip_suffix(" kB")?.trim().parse().ok()?;
     Some(kibibytes * 1024)
+}
+
+/// The middle value; of an even number, the mean of the two in the middle.
+///
+/// # Panics
+/// If there is no value.
+pub(crate) fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+    let mut sorted: Vec<f64> = values.into_iter().collect();
+    sorted.sort_by(f64::total_cmp);
+    let (low, high) = (sorted[(sorted.len() - 1) / 2], sorted[sorted.len() / 2]);
+    (low + high) / 2.0
 }
 
 #[cfg(test)]

@@ -12,8 +12,8 @@ use indicatif::DecimalBytes;
 use moge_model::{Cpu, Isa, LayerFormats, MAX_THREADS, PackedFormat, QuantScheme, WriteError, available_threads};
 use moge_quant::{Damage, Job, QuantizeError};
 
+use crate::args::FormatArg;
 use crate::cmd::synth::check_free_space;
-use crate::frontend::FormatArg;
 use crate::interrupt::Interrupt;
 use crate::{output, progress};
 

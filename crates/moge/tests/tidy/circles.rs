@@ -22,7 +22,7 @@ fn circles_are_found_behind_re_exports_and_not_between_parent_and_child_or_in_te
     sources[1].1.push_str("use crate::D;\n");
     assert_eq!(import_circles(&sources), [["a", "b::d"]]);
     sources[4].1.push_str("use crate::a::{self};\n");
-    assert_eq!(import_circles(&sources), [["a", "b::d", "c"]]);
+    assert_eq!(import_circles(&sources), [["a", "b", "b::d", "c"]]);
 }
 
 /// Modules that import one another, by the paths and texts of a crate's files below `src`.
