@@ -1,9 +1,9 @@
-//! Who holds which block of the KV cache, and what the blocks that nobody holds can still be used for.
+//! Ownership of KV blocks, and the prefix cache: reuse of blocks by sequences that begin with the same tokens.
 //!
 //! A full block whose keys and values are computed can be found by its tokens and all tokens before it: a sequence that
 //! begins with the same tokens holds the same block. Blocks are compared by their tokens, not by a hash alone, so one
-//! sequence never reads what belongs to another text. A block that nobody holds keeps its contents until its place is
-//! needed; the one released first goes first.
+//! sequence never reads what belongs to another text. A block without holders keeps its contents until it
+//! is allocated again; the block released first is reused first.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -14,14 +14,14 @@ use moge_model::{BLOCK_SIZE, BlockId, TokenId};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct PrefixId(u64);
 
-/// What a full block holds, for those who look for it.
+/// Contents of a full block: the key of the prefix cache.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Contents {
     before: PrefixId,
     tokens: [TokenId; BLOCK_SIZE],
 }
 
-/// Where contents are.
+/// Location of cached contents.
 #[derive(Clone, Copy, Debug)]
 struct Cached {
     block: BlockId,
@@ -41,9 +41,9 @@ struct Block {
 #[derive(Debug)]
 pub(crate) struct BlockManager {
     blocks: Vec<Block>,
-    /// Blocks without contents that nobody holds. The next to hand out is the last one.
+    /// Free blocks without contents. The last one is allocated next.
     empty: Vec<BlockId>,
-    /// Blocks with contents that nobody holds, in order of their release.
+    /// Free blocks with contents, in order of their release.
     reusable: BTreeMap<u64, BlockId>,
     cached: HashMap<Contents, Cached>,
     num_releases: u64,
@@ -67,7 +67,7 @@ impl BlockManager {
         }
     }
 
-    /// Blocks that nobody holds.
+    /// Blocks without holders.
     pub(crate) fn num_free_blocks(&self) -> usize {
         self.empty.len() + self.reusable.len()
     }
@@ -107,8 +107,8 @@ impl BlockManager {
         (held, before)
     }
 
-    /// Let others find `block`, which is held and holds the keys and values of `tokens` after the text `before`.
-    /// Returns the text that it ends. If another block has the same contents, that one stays to be found.
+    /// Enter `block`, which is held and contains the keys and values of `tokens` after the text `before`, into the prefix
+    /// cache. Returns the text up to its end. A block with the same contents that is already there stays.
     pub(crate) fn publish(&mut self, block: BlockId, before: PrefixId, tokens: [TokenId; BLOCK_SIZE]) -> PrefixId {
         let contents = Contents { before, tokens };
         if let Some(cached) = self.cached.get(&contents) {
@@ -121,15 +121,15 @@ impl BlockManager {
         prefix
     }
 
-    /// Forget the contents of all blocks: none is found any more. Those that are held stay held.
+    /// Empty the prefix cache. Blocks that are held stay held.
     pub(crate) fn clear_cache(&mut self) {
         self.cached.clear();
         self.blocks.iter_mut().for_each(|block| block.contents = None);
         self.empty.extend(std::mem::take(&mut self.reusable).into_values());
     }
 
-    /// Let go of the blocks of a sequence. What stands later in its text is less likely to be wanted again, and without
-    /// what is before it can not be found: it goes first.
+    /// Release the blocks of a sequence. Later blocks are reused first: they are less likely to be needed again, and cannot
+    /// be found without the blocks before them.
     pub(crate) fn free(&mut self, blocks: Vec<BlockId>) {
         for block in blocks.into_iter().rev() {
             let state = &mut self.blocks[block.0 as usize];

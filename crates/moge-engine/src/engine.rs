@@ -12,17 +12,17 @@ use crate::masks::Masks;
 use crate::output::{SequenceOutput, SequenceResult};
 use crate::request::{Request, SeqId};
 use crate::sample::sample;
-use crate::sampler::Sampler;
+use crate::sampler::Samplers;
 use crate::scheduler::{Scheduler, SchedulerConfig};
 use crate::stats::{EngineStats, ExpertLoad};
 use crate::step::Step;
 
-/// How much an engine takes on at a time.
+/// Sizes and limits of an engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EngineConfig {
     /// Precision of activations.
     pub activation: Precision,
-    /// How the KV cache stores its numbers.
+    /// Element type of the KV cache.
     pub kv: KvType,
     /// Blocks of the KV cache, of [`moge_model::BLOCK_SIZE`] tokens each.
     pub num_blocks: usize,
@@ -32,11 +32,11 @@ pub struct EngineConfig {
     pub max_batched_tokens: usize,
     /// Sequences that run at the same time, at least 1.
     pub max_running: usize,
-    /// Requests that wait to run.
+    /// Requests that may wait to run.
     pub max_waiting: usize,
     /// Tokens that end a sequence: the union of what config, generation config and tokenizer name.
     pub eos_token_ids: Vec<TokenId>,
-    /// Draft tokens of a sequence that a step verifies at the most ([`Engine::set_draft`]); 0 without a drafter.
+    /// Most draft tokens of a sequence that one step verifies ([`Engine::set_draft`]); 0 without a drafter.
     pub max_draft_tokens: usize,
 }
 
@@ -51,7 +51,7 @@ impl EngineConfig {
         }
     }
 
-    /// What the scheduler allows with a model like this.
+    /// Limits of the scheduler with this model.
     fn scheduler(&self, model: &ModelConfig) -> SchedulerConfig {
         SchedulerConfig {
             vocab_size: model.vocab_size,
@@ -66,7 +66,7 @@ impl EngineConfig {
     }
 }
 
-/// A model, its KV cache, and the requests it works on.
+/// A model, its KV cache, and the requests it processes.
 pub struct Engine {
     model: Model,
     /// Threads that the workspace has room for.
@@ -75,7 +75,7 @@ pub struct Engine {
     workspace: Workspace,
     output: StepOutput,
     scheduler: Scheduler,
-    sampler: Sampler,
+    samplers: Samplers,
     expert_load: Option<ExpertLoad>,
     masks: Masks,
 }
@@ -93,7 +93,7 @@ impl Engine {
             workspace: Workspace::new(model.config(), config.activation, limits),
             output: StepOutput::new(model.config(), limits),
             scheduler: Scheduler::new(config.scheduler(model.config()), tokenizer),
-            sampler: Sampler::default(),
+            samplers: Samplers::default(),
             expert_load: ExpertLoad::new(model.config()),
             masks: Masks::default(),
             num_threads: limits.num_threads,
@@ -106,7 +106,7 @@ impl Engine {
     /// # Errors
     /// [`AdmitError`] if it is invalid, could never run, or the queue is full.
     pub fn add_request(&mut self, request: Request) -> Result<SeqId, AdmitError> {
-        // An expert id is a byte, and an expert group has no more experts than that in any model we know.
+        // An expert id within its group is reported as a byte; no known model has larger expert groups.
         let has_expert_ids = self.expert_load.as_ref().is_some_and(|load| load.experts_per_group <= 256);
         if request.sampling.return_expert_ids && !has_expert_ids {
             let allowed = "false, as the model has no expert groups of at most 256 routed experts".to_owned();
@@ -115,8 +115,8 @@ impl Engine {
         self.scheduler.add_request(request)
     }
 
-    /// Compute one batch on `cpu` and tell what is new, one entry for each sequence that had a part in it. Empty if there
-    /// is nothing to do. Whoever else computes between two steps may use the same threads: a trainer, another engine.
+    /// Compute one batch on `cpu` and return one output for each sequence in it; empty if there is no work. Between two
+    /// steps a trainer or another engine may use the same threads.
     ///
     /// # Panics
     /// If `cpu` has more threads than the one the engine was made for.
@@ -128,7 +128,7 @@ impl Engine {
         let masks = self.scheduler.return_grammars(self.masks.finish());
         let rows = self.scheduler.logit_rows(&step, masks);
         let vocab_size = self.model.config().vocab_size;
-        let mut results = sample(&mut self.sampler, &rows, &self.output.logits, vocab_size);
+        let mut results = sample(cpu, &self.samplers, &rows, &self.output.logits, vocab_size);
         if let Some(load) = &mut self.expert_load {
             load.add(&self.output.rows_per_expert);
             add_expert_ids(&mut results, &step, &self.output.expert_ids, load);
@@ -156,28 +156,28 @@ impl Engine {
         self.scheduler.has_unfinished()
     }
 
-    /// Blocks of the KV cache that no sequence holds.
+    /// KV blocks that no sequence holds.
     pub fn num_free_blocks(&self) -> usize {
         self.scheduler.num_free_blocks()
     }
 
-    /// What the engine holds now, and totals since its start.
+    /// Current state, and totals since the start.
     pub fn stats(&self) -> EngineStats {
         self.scheduler.stats()
     }
 
-    /// How many tokens went to each routed expert; `None` if the model has none.
+    /// Tokens routed to each expert; `None` if the model has no routed experts.
     pub fn expert_load(&self) -> Option<&ExpertLoad> {
         self.expert_load.as_ref()
     }
 
-    /// The model it runs.
+    /// The model.
     pub fn model(&self) -> &Model {
         &self.model
     }
 }
 
-/// Give each sequence the experts of its rows that are wanted. `expert_ids`
+/// Give each sequence the experts of its route rows. `expert_ids`
 /// `[routed layer, num_route_rows, experts_per_token]` are those of `step`.
 fn add_expert_ids(results: &mut [SequenceResult], step: &Step, expert_ids: &[ExpertId], load: &ExpertLoad) {
     if step.batch.route_rows.is_empty() {

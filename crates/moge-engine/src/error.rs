@@ -1,11 +1,11 @@
-//! Why a request is refused.
+//! Errors of requests that are refused.
 
 use thiserror::Error;
 
 /// Why a request is refused. The engine is unchanged by a refused request.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum AdmitError {
-    /// There is nothing to continue.
+    /// The prompt is empty.
     #[error("prompt: it has no token, at least 1 is needed")]
     EmptyPrompt,
     /// The prompt leaves no room for a token in the model's context.
@@ -19,7 +19,7 @@ pub enum AdmitError {
     /// A prompt token is not in the vocabulary.
     #[error("prompt: token {token} at index {index} is not below the vocabulary size {vocab_size}")]
     TokenOutOfVocabulary {
-        /// Where it stands in the prompt.
+        /// Its index in the prompt.
         index: usize,
         /// The token.
         token: u32,
@@ -52,9 +52,9 @@ pub enum AdmitError {
     InvalidParameter {
         /// Name of the field in [`crate::SamplingParams`].
         field: &'static str,
-        /// What it holds.
+        /// The value found.
         value: String,
-        /// What it may hold.
+        /// The allowed values.
         allowed: String,
     },
 }

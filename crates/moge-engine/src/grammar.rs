@@ -1,8 +1,8 @@
-//! Answers that follow a grammar: which tokens may come next.
+//! Grammars: which tokens may come next in an answer.
 //!
 //! A grammar is text in the Lark dialect of `llguidance`, whose rules may hold regular expressions, JSON schemas
 //! (`%json {..}`) and special tokens (`<think>`, `<[45974]>`). Rules for text match bytes, and no special token is text.
-//! Whoever writes a grammar may be a stranger: what one costs is bounded.
+//! Grammars come from untrusted clients, so their cost is bounded.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -36,13 +36,13 @@ const MAX_TOKEN_BYTES: usize = 1000;
 /// Vocabularies below this have room for one more token in the trie's 24-bit ids.
 const MAX_TOKENS: u32 = 0xff_ffff - 1;
 
-/// Why there is no grammar.
+/// Error of compiling a grammar.
 #[derive(Debug, Error)]
 pub enum GrammarError {
     /// The vocabulary is beyond what a grammar can look through.
     #[error("vocabulary: {problem}")]
     Vocabulary {
-        /// What is wrong with it.
+        /// Description of the problem.
         problem: String,
     },
     /// The text is too long.
@@ -51,22 +51,22 @@ pub enum GrammarError {
         /// Its length.
         num_bytes: usize,
     },
-    /// The text is no grammar, asks for something that is not implemented, or describes too much.
+    /// The text is not a valid grammar, uses an unsupported feature, or is too large.
     #[error("grammar: {problem}")]
     Invalid {
-        /// What is wrong with it.
+        /// Description of the problem.
         problem: String,
     },
-    /// It took too long.
+    /// Compilation took too long.
     #[error("grammar: it takes longer than {} s to compile", MAX_COMPILE_TIME.as_secs())]
     TooSlow,
-    /// Others took all of its time. It may be tried again.
+    /// Other compilations used all of its time. It may be tried again.
     #[error("grammar: {MAX_COMPILING} others are being compiled, no more are allowed at a time")]
     Busy,
-    /// There is no thread to compile it on.
+    /// The compiler's thread could not be started.
     #[error("grammar: there is no thread to compile it on: {source}")]
     Thread {
-        /// What the system says.
+        /// The I/O error.
         source: std::io::Error,
     },
 }
@@ -117,7 +117,7 @@ impl GrammarCompiler {
     /// Compile a grammar. The caller's thread waits for up to two seconds.
     ///
     /// # Errors
-    /// [`GrammarError`] if the text is no grammar, or costs more than one may.
+    /// [`GrammarError`] if the text is not a valid grammar, or exceeds a limit.
     pub fn compile(&self, lark: &str) -> Result<Grammar, GrammarError> {
         if lark.len() > MAX_GRAMMAR_BYTES {
             return Err(GrammarError::TooLong { num_bytes: lark.len() });
@@ -130,7 +130,7 @@ impl GrammarCompiler {
         let work = move || {
             let parser = without_panic(|| factory.create_parser(TopLevelGrammar::from_lark(lark)));
             drop(slot);
-            // Nobody receives what comes too late.
+            // The receiver is gone if the compilation took too long.
             let _ = sender.send(parser.map(|parser| Box::new(Matcher::new(Ok(parser)).into_cancellable())));
         };
         thread.spawn(work).map_err(|source| GrammarError::Thread { source })?;
@@ -169,11 +169,11 @@ impl fmt::Debug for Grammar {
     }
 }
 
-/// The grammar cannot go on: it became too complex, took too long, or no token spells what it demands.
+/// The grammar cannot continue: it became too complex, took too long, or no token matches it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct GrammarFailed;
 
-/// What may come next.
+/// The allowed next tokens.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct TokenMask {
     /// A bit for each token that goes on with the answer.
@@ -188,7 +188,7 @@ impl TokenMask {
     }
 }
 
-/// What a grammar allows next.
+/// The allowed next tokens, or the grammar's failure.
 pub(crate) type MaskResult = Result<TokenMask, GrammarFailed>;
 
 impl Grammar {
@@ -197,19 +197,19 @@ impl Grammar {
         self.vocab_size
     }
 
-    /// Go on by a token of the last mask. It is looked at with the next mask.
+    /// Advance by a token of the last mask; takes effect with the next mask.
     pub(crate) fn push(&mut self, token: TokenId) {
         self.unseen.push(token);
     }
 
-    /// What may come next, and what after each token of `draft`, up to the first one that is not allowed or after which
-    /// the grammar fails. The grammar itself stays where it is.
+    /// Masks of the next token and of the token after each token of `draft`, up to the first draft token that is not
+    /// allowed or after which the grammar fails. The grammar's own position does not change.
     pub(crate) fn next_masks(&mut self, draft: &[TokenId]) -> Vec<MaskResult> {
         let mut masks = vec![self.next_mask()];
         if draft.is_empty() || masks[0].is_err() {
             return masks;
         }
-        // The original goes ahead, as it is the one that the caller can cancel; the copy takes its place afterwards.
+        // The original advances, as the caller can cancel only it; the copy replaces it afterwards.
         let here = Box::new(self.matcher.deep_clone());
         for &token in draft {
             if !matches!(masks.last(), Some(Ok(mask)) if mask.allows(token)) {
@@ -226,7 +226,7 @@ impl Grammar {
         masks
     }
 
-    /// What may come next: the work of a millisecond or so for most grammars, and of much more for some.
+    /// Mask of the next token. Takes about a millisecond for most grammars, and much longer for some.
     pub(crate) fn next_mask(&mut self) -> MaskResult {
         for token in self.unseen.drain(..) {
             self.matcher.consume_token(token.0).map_err(|_| GrammarFailed)?;
@@ -242,7 +242,7 @@ impl Grammar {
         Ok(TokenMask { words: words.collect(), may_end })
     }
 
-    /// Makes a mask that another thread computes fail soon.
+    /// Handle that makes a mask computed by another thread fail soon.
     pub(crate) fn cancellation(&self) -> Option<CancellationHandle> {
         self.matcher.cancellation_handle()
     }
@@ -288,7 +288,8 @@ fn limits() -> ParserLimits {
     }
 }
 
-/// What a token is to a grammar: its bytes, or its name after a byte that is in no text. Nothing for an id without token.
+/// A token as the grammar sees it: its bytes, or for a special token its name after a byte that occurs in no text. Empty
+/// for an id without a token.
 fn word(tokenizer: &Tokenizer, id: TokenId) -> Vec<u8> {
     let word = if tokenizer.is_special(id) {
         [&[TokTrie::SPECIAL_TOKEN_MARKER], tokenizer.piece(id).as_bytes()].concat()

@@ -14,14 +14,14 @@ pub struct TokenLogprob {
     pub logprob: f64,
 }
 
-/// What the model thought of one place of a sequence.
+/// Log-probabilities at one position of a sequence.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct RowLogprobs {
-    /// The token that stands there.
+    /// The token at the position.
     pub token: TokenId,
     /// Its natural log-probability, at most 0; `-inf` for an impossible token.
     pub logprob: f64,
-    /// The most likely tokens for that place, the most likely first, of equals the lower id.
+    /// The most likely tokens at the position, most likely first; ties by ascending id.
     pub top: Vec<TokenLogprob>,
 }
 

@@ -1,4 +1,4 @@
-//! Masks of tokens, computed beside the forward pass.
+//! Token masks of grammars, computed concurrently with the forward pass.
 
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
@@ -9,21 +9,21 @@ use moge_model::TokenId;
 use crate::grammar::{Grammar, GrammarFailed, MaskResult};
 use crate::request::SeqId;
 
-/// Longest that a step waits for the masks of one sequence: other sequences wait with it. Nearly all take a millisecond,
-/// and have the forward pass for it.
+/// Longest time that a step waits for the masks of one sequence, as all sequences wait with it. Nearly all masks take a
+/// millisecond and are ready when the forward pass ends.
 const MAX_MASK_TIME: Duration = Duration::from_millis(500);
 
-/// The grammar of a sequence that is going to be sampled, and the draft tokens that have rows in the step.
+/// The grammar of a sequence that will be sampled, and its draft tokens that have rows in the step.
 pub(crate) struct MaskJob {
     pub(crate) id: SeqId,
     pub(crate) grammar: Grammar,
     pub(crate) draft: Vec<TokenId>,
 }
 
-/// What became of a job.
+/// Result of a job.
 pub(crate) struct Masked {
     pub(crate) id: SeqId,
-    /// `None` if it is lost.
+    /// `None` if the thread that had it is gone.
     pub(crate) grammar: Option<Grammar>,
     /// At least one, as [`Grammar::next_masks`] gives them.
     pub(crate) masks: Vec<MaskResult>,
@@ -34,7 +34,7 @@ pub(crate) struct Masked {
 #[derive(Default)]
 pub(crate) struct Masks {
     thread: Option<MaskThread>,
-    /// Whose masks are being computed, in the order in which they come.
+    /// Sequences whose masks are being computed, in the order of their results.
     pending: Vec<(SeqId, Option<CancellationHandle>)>,
 }
 
@@ -45,7 +45,7 @@ struct MaskThread {
 }
 
 impl Masks {
-    /// Begin with the masks of a step.
+    /// Start computing the masks of a step.
     pub(crate) fn start(&mut self, jobs: Vec<MaskJob>) {
         for job in jobs {
             self.pending.push((job.id, job.grammar.cancellation()));
@@ -53,13 +53,13 @@ impl Masks {
                 self.thread = MaskThread::spawn();
             }
             if let Some(thread) = &self.thread {
-                // Whether it is gone shows when its result does not come.
+                // If the thread is gone, its result will not arrive.
                 let _ = thread.jobs.send(job);
             }
         }
     }
 
-    /// Wait for them; one result for each job, in their order. A lost grammar has a failed mask.
+    /// Wait for the results, one per job and in the same order. A lost grammar has a failed mask.
     pub(crate) fn finish(&mut self) -> Vec<Masked> {
         let mut results = Vec::with_capacity(self.pending.len());
         for (id, cancellation) in self.pending.drain(..) {
@@ -74,7 +74,7 @@ impl Masks {
 }
 
 impl MaskThread {
-    /// `None` if the system has no thread to give.
+    /// `None` if the system cannot start a thread.
     fn spawn() -> Option<MaskThread> {
         let (jobs, jobs_receiver) = mpsc::channel::<MaskJob>();
         let (results_sender, results) = mpsc::channel();
@@ -90,7 +90,7 @@ impl MaskThread {
         thread.ok().map(|_| MaskThread { jobs, results })
     }
 
-    /// Wait for the next result, though not for long. `None` if the thread is gone.
+    /// Wait for the next result; cancels the job after [`MAX_MASK_TIME`]. `None` if the thread is gone.
     fn result(&self, cancellation: Option<&CancellationHandle>) -> Option<Masked> {
         match self.results.recv_timeout(MAX_MASK_TIME) {
             Err(RecvTimeoutError::Timeout) => {

@@ -1,4 +1,4 @@
-//! What a step leaves for whoever asked.
+//! Per-sequence results of one step.
 
 use moge_model::TokenId;
 use serde::Serialize;
@@ -16,11 +16,11 @@ pub enum FinishReason {
     Length,
     /// It was cancelled.
     Cancelled,
-    /// Every logit was NaN or `-inf`, so there was no token to sample. Broken weights do that, and so can a logit_bias or
-    /// min_tokens that leave nothing.
+    /// Every logit was NaN or `-inf`, so no token could be sampled. Caused by broken weights, or by a logit_bias or
+    /// min_tokens that excludes every token.
     NoFiniteLogit,
-    /// The grammar could not go on: it became too complex, or no token spells what it demands. What was said until then
-    /// is a beginning of what it describes.
+    /// The grammar could not continue: it became too complex, or no token matches it. The output so far is a prefix of a
+    /// text that it describes.
     GrammarFailed,
 }
 
@@ -29,38 +29,38 @@ pub enum FinishReason {
 pub struct Sampled {
     /// The token.
     pub token: TokenId,
-    /// Its log-probability, if asked for.
+    /// Its log-probability, if requested.
     pub logprobs: Option<RowLogprobs>,
 }
 
-/// What sampling made of the logit rows of one sequence in one step.
+/// Result of sampling from one sequence's logit rows in one step.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SequenceResult {
-    /// For each row that has a next token in the prompt: what the model thought of that token. Empty if not asked for.
+    /// For each row followed by a prompt token: the log-probability of that token. Empty unless requested.
     pub prompt_logprobs: Vec<RowLogprobs>,
-    /// New tokens: those of the draft that were accepted, and one more unless the sequence ends without it. Empty if a
-    /// part of the sequence is still to be computed.
+    /// New tokens: the accepted draft tokens, and one more unless the sequence ends without it. Empty while a part of the
+    /// sequence is still to be computed.
     pub sampled: Vec<Sampled>,
-    /// Why the sequence ends after `sampled` without another token, if it does.
+    /// Set if the sequence ends after `sampled` without another token.
     pub end: Option<FinishReason>,
-    /// As in [`SequenceOutput`], of all rows whose experts are wanted, also those of rejected draft tokens.
+    /// As in [`SequenceOutput`], for all route rows, including those of rejected draft tokens.
     pub expert_ids: Vec<u8>,
 }
 
-/// What a step did for one sequence.
+/// One sequence's output of a step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SequenceOutput {
-    /// Which sequence.
+    /// The sequence.
     pub id: SeqId,
-    /// Tokens that the step computed in prefill, those that a preemption made it compute again among them; 0 in decode.
+    /// Tokens computed in prefill, including those computed again after a preemption; 0 in decode.
     pub num_prefilled_tokens: usize,
-    /// Prompt tokens that were in the KV cache already, for another sequence that began alike.
+    /// Prompt tokens found in the prefix cache.
     pub num_cached_tokens: usize,
-    /// New tokens, a stop token among them. More than one only if the sequence had a draft.
+    /// New tokens, including a stop token. More than one only if the sequence had a draft.
     pub sampled: Vec<Sampled>,
-    /// Text that is now certain. What could be the beginning of a stop string or is part of a character is held back.
+    /// Text that is now certain. A possible beginning of a stop string or of a character is held back.
     pub text: String,
-    /// Bytes of `text` that were certain after each of `sampled`. Only an end without a token leaves text after the last.
+    /// Length of `text` in bytes after each of `sampled`. Text after the last one was released by an end without a token.
     pub(crate) text_ends: Vec<usize>,
     /// Set in the last output of a sequence.
     pub finish_reason: Option<FinishReason>,
@@ -69,19 +69,19 @@ pub struct SequenceOutput {
     pub prompt_logprobs: Option<Vec<Option<RowLogprobs>>>,
     /// Experts of the tokens that this step computed for the first time, each counted from the first one of its expert
     /// group: `[token, routed layer, num_expert_groups, top_k_per_group]`, in an expert group by falling probability.
-    /// Empty if not asked for. All outputs of a sequence together cover its prompt and what was sampled but for the
-    /// last sampled token, which nobody computes.
+    /// Empty unless requested. All outputs of a sequence together cover its prompt and what was sampled but for the
+    /// last sampled token, which is never computed.
     pub expert_ids: Vec<u8>,
 }
 
 impl SequenceOutput {
-    /// The text that became certain with each of the new tokens.
+    /// The text that became certain with each new token.
     pub fn token_texts(&self) -> impl Iterator<Item = &str> {
         let starts = std::iter::once(0).chain(self.text_ends.iter().copied());
         starts.zip(&self.text_ends).map(|(start, &end)| &self.text[start..end])
     }
 
-    /// The text that an end without a token released.
+    /// The text released by an end without a token.
     pub fn last_text(&self) -> &str {
         &self.text[self.text_ends.last().copied().unwrap_or(0)..]
     }

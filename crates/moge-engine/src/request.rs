@@ -1,4 +1,4 @@
-//! What a client asks for.
+//! Requests to an engine.
 
 use std::fmt;
 
@@ -18,20 +18,20 @@ impl fmt::Display for SeqId {
     }
 }
 
-/// What a client asks for.
+/// A request.
 #[derive(Clone, Debug)]
 pub struct Request {
     /// The tokens to continue, taken literally; at least one.
     pub prompt: Vec<TokenId>,
-    /// How to continue them.
+    /// Sampling parameters.
     pub sampling: SamplingParams,
-    /// What the continuation must look like, if anything; fresh from [`crate::GrammarCompiler`]. A complete continuation
+    /// Grammar of the continuation, if any; fresh from [`crate::GrammarCompiler`]. A complete continuation
     /// ends, whatever `min_tokens` and `ignore_eos` say.
     pub grammar: Option<Grammar>,
 }
 
 impl Request {
-    /// Check everything that does not depend on an engine's size: what a server can refuse before it queues anything.
+    /// Check everything that does not depend on the engine's size, so that a server can refuse before queueing.
     ///
     /// # Errors
     /// If a sampling parameter is out of its range, or the prompt is empty, too long for a context of

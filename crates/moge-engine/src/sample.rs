@@ -1,16 +1,16 @@
-//! The logits of one step to log-probabilities of prompt tokens and to new tokens.
+//! Turns the logits of one step into log-probabilities of prompt tokens and new tokens.
 
 use std::borrow::Cow;
 
-use moge_model::TokenId;
+use moge_model::{Cpu, TokenId};
 
 use crate::grammar::{MaskResult, TokenMask};
-use crate::logprobs::{RowLogprobs, row_logprobs};
+use crate::logprobs::row_logprobs;
 use crate::output::{FinishReason, Sampled, SequenceResult};
-use crate::sampler::{History, NoFiniteLogit, Sampler};
+use crate::sampler::{History, NoFiniteLogit, Sampler, Samplers};
 use crate::sampling_params::SamplingParams;
 
-/// The rows of one sequence that want logits, and all that sampling from them depends on.
+/// One sequence's logit rows, and everything that sampling from them depends on.
 pub(crate) struct LogitRows<'a> {
     pub(crate) params: &'a SamplingParams,
     /// Prompt, tokens sampled so far, and the draft tokens that have rows in this step.
@@ -22,70 +22,73 @@ pub(crate) struct LogitRows<'a> {
     pub(crate) num_sample_rows: usize,
     /// Tokens that end the sequence.
     pub(crate) stop_token_ids: &'a [TokenId],
-    /// With a grammar: what it allows in each of the rows to sample from, as far as it allows the draft.
+    /// With a grammar: the masks of the sample rows, up to the first draft token that it refuses.
     pub(crate) masks: Option<Vec<MaskResult>>,
 }
 
 /// Turn `logits` `[num_logit_rows, vocab_size]`, those of `sequences` in their order, into log-probabilities of prompt
 /// tokens and new tokens. A draft token is accepted while it is what its sequence would have sampled without it, so a
-/// draft changes no token.
+/// draft changes no token. The sequences are shared among the threads of `cpu`; each is a function of its own rows.
 ///
 /// # Panics
 /// If `logits` has another length.
 pub(crate) fn sample(
-    sampler: &mut Sampler,
+    cpu: &Cpu,
+    samplers: &Samplers,
     sequences: &[LogitRows],
     logits: &[f32],
     vocab_size: usize,
 ) -> Vec<SequenceResult> {
-    let num_rows: usize = sequences.iter().map(|rows| rows.num_prompt_logit_rows + rows.num_sample_rows).sum();
+    let num_rows: usize = sequences.iter().map(LogitRows::num_rows).sum();
     assert_eq!(logits.len(), num_rows * vocab_size);
-    let mut logits = logits.chunks_exact(vocab_size);
-    sequences
-        .iter()
-        .map(|rows| {
-            let prompt_logprobs = logits.by_ref().take(rows.num_prompt_logit_rows);
-            let prompt_logprobs = rows.prompt_logprobs(prompt_logprobs);
-            let mut result = SequenceResult { prompt_logprobs, ..SequenceResult::default() };
-            // All rows are taken, also those after a mismatch.
-            let sample_rows: Vec<&[f32]> = logits.by_ref().take(rows.num_sample_rows).collect();
-            rows.sample(sampler, &sample_rows, &mut result);
-            result
-        })
-        .collect()
+    let first_rows = sequences.iter().scan(0, |next, rows| Some(std::mem::replace(next, *next + rows.num_rows())));
+    let first_rows: Vec<usize> = first_rows.collect();
+    let mut results = vec![SequenceResult::default(); sequences.len()];
+    cpu.for_each_slice(&mut results, 1, |index, result| {
+        let rows = &sequences[index];
+        let own = &logits[first_rows[index] * vocab_size..][..rows.num_rows() * vocab_size];
+        let own: Vec<&[f32]> = own.chunks_exact(vocab_size).collect();
+        samplers.with(|sampler| result[0] = rows.sample(sampler, &own));
+    });
+    results
 }
 
 impl LogitRows<'_> {
-    /// Log-probabilities of the tokens that follow `rows`.
-    fn prompt_logprobs<'a>(&self, rows: impl Iterator<Item = &'a [f32]>) -> Vec<RowLogprobs> {
-        let following = self.tokens.iter().skip(self.first_position + 1);
-        let num_alternatives = self.params.prompt_logprobs.unwrap_or(0);
-        rows.zip(following).map(|(row, &token)| row_logprobs(row, token, num_alternatives)).collect()
+    fn num_rows(&self) -> usize {
+        self.num_prompt_logit_rows + self.num_sample_rows
     }
 
-    /// Sample from `rows` up to the first token that differs from the draft.
-    fn sample(&self, sampler: &mut Sampler, rows: &[&[f32]], result: &mut SequenceResult) {
-        let num_rows = self.masks.as_ref().map_or(rows.len(), Vec::len);
-        for (index, row) in rows.iter().take(num_rows).enumerate() {
+    /// Log-probabilities of the prompt's tokens, and what is sampled, from these `rows`.
+    fn sample(&self, sampler: &mut Sampler, rows: &[&[f32]]) -> SequenceResult {
+        let (prompt_rows, sample_rows) = rows.split_at(self.num_prompt_logit_rows);
+        let following = &self.tokens[self.first_position + 1..];
+        let num_alternatives = self.params.prompt_logprobs.unwrap_or(0);
+        let prompt_logprobs = prompt_rows.iter().zip(following);
+        let prompt_logprobs = prompt_logprobs.map(|(row, &token)| row_logprobs(row, token, num_alternatives)).collect();
+        let mut result = SequenceResult { prompt_logprobs, ..SequenceResult::default() };
+        // Up to the first token that differs from the draft.
+        let num_sample_rows = self.masks.as_ref().map_or(sample_rows.len(), Vec::len);
+        for (index, row) in sample_rows.iter().take(num_sample_rows).enumerate() {
             let end = self.first_position + self.num_prompt_logit_rows + index + 1;
             let mask = self.masks.as_ref().map(|masks| &masks[index]);
             match self.sample_after(sampler, &self.tokens[..end], row, mask) {
                 Err(reason) => {
                     result.end = Some(reason);
-                    return;
+                    break;
                 }
                 Ok(sampled) => {
                     let is_as_drafted = self.tokens.get(end) == Some(&sampled.token);
                     result.sampled.push(sampled);
                     if !is_as_drafted {
-                        return;
+                        break;
                     }
                 }
             }
         }
+        result
     }
 
-    /// The token that follows `tokens`, or why there is none.
+    /// The token that follows `tokens`, or the reason to end without one.
     fn sample_after(
         &self,
         sampler: &mut Sampler,

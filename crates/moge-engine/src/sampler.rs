@@ -2,38 +2,52 @@
 //!
 //! The order, which changes results: logit_bias, repetition penalty, presence and frequency penalties, bans of what
 //! the grammar does not allow and of stop tokens while `min_tokens` are not reached; temperature; top_k; top_p; min_p;
-//! draw. Each filter sees the probabilities that the one before it left, renormalized. All of it in f64, one row after
-//! the other, in orders that depend on logits and ids only.
+//! draw. Each filter sees the probabilities that the one before it left, renormalized. All of it in f64, in orders that depend on logits and ids only.
 
 use std::collections::BinaryHeap;
+use std::sync::{Mutex, PoisonError};
 
 use moge_model::TokenId;
 
 use crate::candidate::{Candidate, candidates, clean_logit, most_likely};
 use crate::sampling_params::SamplingParams;
 
-/// Every logit of the row was NaN or `-inf`: there is no token to sample.
+/// Every logit of the row was NaN or `-inf`, so no token can be sampled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct NoFiniteLogit;
 
-/// What sampling needs to know of a sequence besides its parameters.
+/// State of a sequence that sampling depends on, besides its parameters.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct History<'a> {
     pub(crate) prompt: &'a [TokenId],
     pub(crate) output: &'a [TokenId],
-    /// A bit for each token that may be sampled; all may without.
+    /// A bit for each token that may be sampled; `None` allows all.
     pub(crate) allowed: Option<&'a [u32]>,
     /// Tokens that may not be sampled now.
     pub(crate) banned: &'a [TokenId],
 }
 
-/// Scratch memory for sampling; it carries nothing from one row to the next.
+/// Scratch memory for sampling; no state carries over from one row to the next.
 #[derive(Debug, Default)]
 pub(crate) struct Sampler {
     /// Logits after bias and penalties, `[vocab_size]`.
     scores: Vec<f64>,
-    /// How often each token occurs, `[vocab_size]`; zero between calls.
+    /// Occurrences of each token, `[vocab_size]`; zero between calls.
     counts: Vec<u32>,
+}
+
+/// Samplers for concurrent threads; grows to the largest number used at the same time.
+#[derive(Debug, Default)]
+pub(crate) struct Samplers(Mutex<Vec<Sampler>>);
+
+impl Samplers {
+    /// Call `work` with exclusive use of a sampler.
+    pub(crate) fn with(&self, work: impl FnOnce(&mut Sampler)) {
+        let free = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sampler = free().pop().unwrap_or_default();
+        work(&mut sampler);
+        free().push(sampler);
+    }
 }
 
 impl Sampler {

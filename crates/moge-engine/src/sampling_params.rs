@@ -1,4 +1,4 @@
-//! How to continue a prompt, in the fields of OpenAI's API and vLLM's extensions of it.
+//! Sampling parameters, named as in OpenAI's API and vLLM's extensions of it.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -7,17 +7,16 @@ use moge_model::{GenerationDefaults, TokenId};
 
 use crate::error::AdmitError;
 
-/// The most alternatives that log-probabilities may list: enough for every use we know, and a bound on what one
-/// request can make the engine hold.
+/// Most alternatives per log-probability: enough for every known use, and a bound on the memory of one request.
 pub const MAX_LOGPROBS: usize = 128;
 
-/// The most entries of each list that every new token is held against: stop strings, stop tokens, biases.
+/// Most entries of each list that every new token is compared with: stop strings, stop tokens, biases.
 pub const MAX_LIST_LEN: usize = 1024;
 
-/// Longest stop string. Text is held back for as long as it may begin one.
+/// Longest stop string in bytes. Text is held back while it may be the beginning of one.
 pub const MAX_STOP_BYTES: usize = 1024;
 
-/// How to continue a prompt. The default is greedy, without penalties, up to the context's end.
+/// Sampling parameters. The default is greedy, without penalties, up to the end of the context.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
     /// Stop after this many tokens, at least 1, or at the end of the context if that comes first. `None`: when the
@@ -42,7 +41,7 @@ pub struct SamplingParams {
     pub frequency_penalty: f64,
     /// Added to the logits of these tokens, at most [`MAX_LIST_LEN`]. Each in `[-100, 100]`.
     pub logit_bias: BTreeMap<TokenId, f64>,
-    /// The only source of randomness. Whoever wants answers that differ passes seeds that differ.
+    /// The only source of randomness: different samples need different seeds.
     pub seed: u64,
     /// Stop when the text contains one of these; the text ends before it. At most [`MAX_LIST_LEN`], each of at most
     /// [`MAX_STOP_BYTES`].
@@ -86,8 +85,8 @@ impl Default for SamplingParams {
 }
 
 impl From<&GenerationDefaults> for SamplingParams {
-    /// What a checkpoint's `generation_config.json` asks for, which holds where a user or client says nothing else. As in
-    /// `transformers` the most likely token is taken unless it says `do_sample: true`, whatever temperature it states.
+    /// The parameters of a checkpoint's `generation_config.json`, the defaults of every front end. As in `transformers`,
+    /// decoding is greedy unless the file has `do_sample: true`, whatever its temperature.
     fn from(defaults: &GenerationDefaults) -> SamplingParams {
         let temperature = if defaults.is_greedy() { 0.0 } else { defaults.temperature.unwrap_or(1.0) };
         SamplingParams {

@@ -1,4 +1,4 @@
-//! Which rows the next step computes, and what its results mean for the sequences. Needs no model.
+//! Chooses the rows of each step, and applies its results to the sequences. Independent of the model.
 //!
 //! First come, first served. A step holds one row for every sequence in decode, then chunks of prefill in order of
 //! arrival while the budget lasts, and what is left verifies drafts. A sequence is admitted when blocks for its tokens are free, and one more for each
@@ -6,11 +6,15 @@
 //! preempted: it gives its blocks back, waits before all others, and computes its tokens again, which gives the same
 //! ones. Prompts that begin alike share blocks.
 
+mod share;
+
 use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use moge_model::{BLOCK_SIZE, BlockId, SequenceRows, TokenId, Tokenizer};
+use moge_model::{BLOCK_SIZE, TokenId, Tokenizer};
+
+use share::{Budget, Share};
 
 use crate::block_manager::{BlockManager, PrefixId};
 use crate::error::AdmitError;
@@ -21,14 +25,14 @@ use crate::request::{Request, SeqId};
 use crate::sample::LogitRows;
 use crate::sequence::{Phase, Sequence};
 use crate::stats::EngineStats;
-use crate::step::{ScheduledSequence, Step};
+use crate::step::Step;
 use crate::text::TextStream;
 
 /// Rows of a step that may want logits for `prompt_logprobs`, over all sequences. Enough for a step to share the
 /// reading of the weights among many rows, while the logits of a vocabulary of 153 376 take no more than 39 MB.
 const MAX_PROMPT_LOGIT_ROWS: usize = 64;
 
-/// What a scheduler allows.
+/// Limits of a scheduler.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SchedulerConfig {
     /// Entries of the vocabulary.
@@ -46,7 +50,7 @@ pub struct SchedulerConfig {
     pub max_waiting: usize,
     /// Tokens that end a sequence unless its request ignores them. Those outside the vocabulary never come.
     pub eos_token_ids: Vec<TokenId>,
-    /// Draft tokens of a sequence that a step verifies at the most; 0 without a drafter. Each may take a row of logits.
+    /// Most draft tokens of a sequence that one step verifies; 0 without a drafter. Each may need a row of logits.
     pub max_draft_tokens: usize,
 }
 
@@ -71,21 +75,6 @@ pub struct Scheduler {
     num_preemptions: u64,
     num_prompt_tokens_looked_up: u64,
     num_prompt_tokens_cached: u64,
-}
-
-/// What is left of a step while it is filled.
-struct Budget {
-    rows: usize,
-    prompt_logit_rows: usize,
-}
-
-/// The rows that a running sequence gets in a step.
-struct Share {
-    /// Of the sequence in [`Scheduler::running`].
-    index: usize,
-    /// Rows of its tokens.
-    num_rows: usize,
-    num_draft_rows: usize,
 }
 
 impl Scheduler {
@@ -158,9 +147,9 @@ impl Scheduler {
         Ok(id)
     }
 
-    /// Propose tokens to follow the last one of a sequence, in place of those proposed before: what a drafter calls
-    /// between two steps. The step that samples next verifies as many as there is room for, and takes those that it would
-    /// have sampled anyway; it forgets the rest. A sequence that has ended has no use for them.
+    /// Propose tokens to follow the last token of a sequence, replacing an earlier proposal; called by a drafter between
+    /// two steps. The next step that samples the sequence verifies as many as it has room for, accepts those that it would
+    /// have sampled anyway, and discards the rest. Without effect if the sequence has ended.
     pub fn set_draft(&mut self, id: SeqId, mut draft: Vec<TokenId>) {
         let Some(sequence) = self.running.iter_mut().chain(&mut self.waiting).find(|s| s.id == id) else { return };
         let in_vocabulary = draft.iter().take_while(|token| (token.0 as usize) < self.config.vocab_size).count();
@@ -183,13 +172,13 @@ impl Scheduler {
             shares.push(budget.take(index, &self.running[index]));
         }
         shares.retain(|share| share.num_rows > 0);
-        // Last, so that no draft keeps a token waiting.
+        // Drafts come last, so that they never delay other tokens.
         for share in &mut shares {
             share.num_draft_rows = self.num_draft_rows(share, budget.rows);
             budget.rows -= share.num_draft_rows;
         }
         for share in shares {
-            push(&mut step, &self.running[share.index], &share);
+            share.push_to(&mut step, &self.running[share.index]);
         }
         (!step.sequences.is_empty()).then_some(step)
     }
@@ -230,7 +219,7 @@ impl Scheduler {
         jobs
     }
 
-    /// Give every sequence its grammar back; returns their masks.
+    /// Give every sequence its grammar back; returns the masks.
     pub(crate) fn return_grammars(&mut self, masked: Vec<Masked>) -> BTreeMap<SeqId, Vec<MaskResult>> {
         let mut all = BTreeMap::new();
         for Masked { id, grammar, masks } in masked {
@@ -241,7 +230,7 @@ impl Scheduler {
         all
     }
 
-    /// What sampling from the rows of `step` needs to know; `masks` are those of the sequences with a grammar.
+    /// The logit rows of `step` and all that sampling depends on; `masks` are those of the sequences with a grammar.
     pub(crate) fn logit_rows<'a>(
         &'a self,
         step: &Step,
@@ -271,8 +260,8 @@ impl Scheduler {
         all
     }
 
-    /// Forget what the prefix cache holds: what to do after the weights have changed. Sequences that run go on with the
-    /// keys and values that they have, and no other sequence finds those.
+    /// Empty the prefix cache, as is necessary after the weights have changed. Running sequences continue with the keys and
+    /// values that they have, which no other sequence will find.
     pub fn clear_prefix_cache(&mut self) {
         self.block_manager.clear_cache();
         self.running.iter_mut().for_each(|sequence| sequence.published = None);
@@ -310,7 +299,7 @@ impl Scheduler {
         self.block_manager.num_free_blocks()
     }
 
-    /// What it holds now, and totals since its start.
+    /// Current state, and totals since the start.
     pub fn stats(&self) -> EngineStats {
         EngineStats {
             num_running: self.num_running(),
@@ -356,8 +345,8 @@ impl Scheduler {
         self.config.max_running.min(self.config.max_batched_tokens)
     }
 
-    /// See to it that every running sequence has blocks for its tokens, the oldest first, by taking those of the
-    /// youngest. Returns whom they were taken from.
+    /// Give every running sequence blocks for its tokens, the oldest first, preempting the youngest where none is free.
+    /// Returns the preempted sequences.
     fn make_room(&mut self) -> Vec<SeqId> {
         let mut preempted = Vec::new();
         let mut index = 0;
@@ -376,9 +365,9 @@ impl Scheduler {
         preempted
     }
 
-    /// Give the request that waits longest its blocks, unless it has to wait on; its index among the running ones. Nobody
-    /// overtakes it, so that a large request is not starved by small ones. It waits for a block that it would compute
-    /// beside another sequence: of answers to one prompt the first computes it, the others start when it is there.
+    /// Start the request that has waited longest, if it can start; returns its index in `running`. No request overtakes
+    /// it, so that small ones do not starve a large one. It does not start while a running sequence computes a block that
+    /// it could share: of several answers to one prompt, the first computes the prompt and the others then reuse it.
     fn start_next(&mut self) -> Option<usize> {
         if self.running.len() >= self.max_running() {
             return None;
@@ -412,8 +401,8 @@ impl Scheduler {
         Some(self.running.len() - 1)
     }
 
-    /// Draft tokens that the step verifies for the sequence of `share`: as many as rows and free blocks are left for. They
-    /// take no block from another sequence.
+    /// Draft tokens that the step verifies for the sequence of `share`, limited by the remaining rows and free blocks. No
+    /// other sequence loses a block.
     fn num_draft_rows(&mut self, share: &Share, rows_left: usize) -> usize {
         let sequence = &mut self.running[share.index];
         if !share.is_last_of(sequence) {
@@ -427,15 +416,15 @@ impl Scheduler {
         num_wanted.min(sequence.block_table.len() * BLOCK_SIZE - num_tokens)
     }
 
-    /// True if a running sequence computes the block of `tokens` that comes after the first `num_blocks`.
+    /// True if a running sequence is computing the block of `tokens` after its first `num_blocks`.
     fn is_being_computed(&self, tokens: &[TokenId], num_blocks: usize) -> bool {
         let Some(wanted) = tokens.get(..(num_blocks + 1) * BLOCK_SIZE) else { return false };
-        // Prompts with log-probabilities have few rows in a step: they are not worth waiting for.
+        // Prompts with log-probabilities advance by few rows per step, so waiting for them does not pay.
         let publishes = |s: &&Sequence| s.phase == Phase::Prefill && s.published.is_some() && !s.wants_prompt_logits();
         self.running.iter().filter(publishes).any(|s| s.tokens.starts_with(wanted))
     }
 
-    /// Let others find the blocks of a running sequence that are full by now.
+    /// Enter the blocks of a running sequence that are full by now into the prefix cache.
     fn publish_blocks(&mut self, index: usize) {
         let sequence = &mut self.running[index];
         let Some(mut published) = sequence.published else { return };
@@ -447,8 +436,8 @@ impl Scheduler {
         sequence.published = Some(published);
     }
 
-    /// How many tokens may follow a prompt: as many as asked for, but not past the end of the context. With nothing
-    /// asked for, no more than the KV cache holds either.
+    /// Tokens that may follow a prompt: as many as requested, up to the end of the context. Without a request, no more than
+    /// the KV cache holds either.
     fn max_tokens(&self, num_prompt_tokens: usize, asked: Option<usize>) -> Result<usize, AdmitError> {
         let max_blocks = self.config.num_blocks;
         let in_context = self.config.max_sequence_tokens - num_prompt_tokens;
@@ -460,48 +449,6 @@ impl Scheduler {
         }
         Ok(max_tokens)
     }
-}
-
-impl Budget {
-    /// As many rows of the tokens of `sequence`, which has this index, as it needs and there are.
-    fn take(&mut self, index: usize, sequence: &Sequence) -> Share {
-        let mut num_rows = sequence.num_uncomputed_tokens().min(self.rows);
-        if sequence.wants_prompt_logits() {
-            num_rows = num_rows.min(self.prompt_logit_rows);
-            self.prompt_logit_rows -= num_rows;
-        }
-        self.rows -= num_rows;
-        Share { index, num_rows, num_draft_rows: 0 }
-    }
-}
-
-impl Share {
-    /// True if these are all rows that `sequence` needs, so that the next token can be sampled.
-    fn is_last_of(&self, sequence: &Sequence) -> bool {
-        self.num_rows == sequence.num_uncomputed_tokens()
-    }
-}
-
-/// Add the rows of a sequence.
-fn push(step: &mut Step, sequence: &Sequence, share: &Share) {
-    let first_position = sequence.num_computed_tokens;
-    let num_rows = share.num_rows + share.num_draft_rows;
-    let end = first_position + num_rows;
-    let num_sample_rows = if share.is_last_of(sequence) { 1 + share.num_draft_rows } else { 0 };
-    let num_prompt_logit_rows = if sequence.wants_prompt_logits() { num_rows - num_sample_rows } else { 0 };
-    let batch = &mut step.batch;
-    batch.tokens.extend(&sequence.tokens[first_position..first_position + share.num_rows]);
-    batch.tokens.extend(&sequence.draft[..share.num_draft_rows]);
-    let end_row = batch.tokens.len() as u32; // at most max_batched_tokens rows, see `Scheduler::new`
-    let num_logit_rows = num_prompt_logit_rows + num_sample_rows;
-    batch.logit_rows.extend(end_row - num_logit_rows as u32..end_row);
-    let num_route_rows =
-        if sequence.sampling.return_expert_ids { end.saturating_sub(sequence.num_ever_computed_tokens) } else { 0 };
-    batch.route_rows.extend(end_row - num_route_rows as u32..end_row);
-    let block_table: Vec<BlockId> = sequence.block_table[..end.div_ceil(BLOCK_SIZE)].to_vec();
-    batch.sequences.push(SequenceRows { num_rows, first_position, block_table });
-    let id = sequence.id;
-    step.sequences.push(ScheduledSequence { id, num_prompt_logit_rows, num_sample_rows, num_route_rows });
 }
 
 #[cfg(test)]

@@ -11,12 +11,12 @@ use crate::sampling_params::SamplingParams;
 use crate::step::ScheduledSequence;
 use crate::text::TextStream;
 
-/// What a step does for a running sequence.
+/// Work of a step for a running sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
-    /// Computes tokens that are there since it began to run: the prompt, after a preemption also what was sampled.
+    /// Compute the tokens known when it started: the prompt, and after a preemption also the sampled tokens.
     Prefill,
-    /// Computes the token that the step before sampled, and perhaps a draft.
+    /// Compute the token sampled by the previous step, and perhaps a draft.
     Decode,
 }
 
@@ -27,7 +27,7 @@ pub(crate) struct Sequence {
     /// Prompt, then sampled tokens.
     pub(crate) tokens: Vec<TokenId>,
     pub(crate) num_prompt_tokens: usize,
-    /// Proposed to follow `tokens`; empty after a step that sampled.
+    /// Tokens proposed to follow `tokens`; cleared by every step that samples.
     pub(crate) draft: Vec<TokenId>,
     pub(crate) phase: Phase,
     /// Tokens, from the first on, whose keys and values are in the KV cache.
@@ -41,10 +41,11 @@ pub(crate) struct Sequence {
     /// Tokens that end the sequence: those of the request and, unless ignored, the model's.
     pub(crate) stop_token_ids: Vec<TokenId>,
     pub(crate) block_table: Vec<BlockId>,
-    /// The text of the first blocks, so many as others can find.
+    /// The text of the published blocks; `None` if they were computed with weights that have changed since, so that no
+    /// further one is published.
     pub(crate) published: Option<PrefixId>,
     pub(crate) num_published_blocks: usize,
-    /// What the output must look like. Away while a mask is computed.
+    /// The grammar of the output; taken out while its masks are computed.
     pub(crate) grammar: Option<Grammar>,
     /// `None` without a tokenizer; all text is empty then.
     pub(crate) text: Option<TextStream>,
@@ -64,8 +65,8 @@ impl Sequence {
         self.tokens.len() - self.num_computed_tokens
     }
 
-    /// Draft tokens that a step may verify: with the token sampled after them they must not be more than may follow.
-    /// What follows a stop token is of no use, whether the token is accepted or not.
+    /// Draft tokens worth verifying: together with the token sampled after them, no more than may still follow.
+    /// Tokens from the first stop token on are useless: it ends the sequence or is rejected.
     pub(crate) fn num_useful_draft_tokens(&self) -> usize {
         let may_follow = self.max_total_tokens() - self.tokens.len();
         let before_stop = self.draft.iter().position(|token| self.stop_token_ids.contains(token));
@@ -104,12 +105,12 @@ impl Sequence {
         self.max_total_tokens() > self.block_table.len() * BLOCK_SIZE
     }
 
-    /// Give the blocks that held nothing but rejected draft tokens.
+    /// Take out the blocks that hold only rejected draft tokens.
     pub(crate) fn take_surplus_blocks(&mut self) -> Vec<BlockId> {
         self.block_table.split_off(self.num_needed_blocks().min(self.block_table.len()))
     }
 
-    /// Forget what is computed; gives its blocks.
+    /// Discard the computed state; returns the blocks.
     pub(crate) fn preempt(&mut self) -> Vec<BlockId> {
         self.phase = Phase::Prefill;
         self.num_computed_tokens = 0;
@@ -121,7 +122,7 @@ impl Sequence {
         std::mem::take(&mut self.block_table)
     }
 
-    /// Take in the results of a step that computed `num_rows` tokens, the draft tokens among them.
+    /// Apply the results of a step with `num_rows` rows of this sequence, including draft rows.
     pub(crate) fn advance(
         &mut self,
         scheduled: &ScheduledSequence,
@@ -139,7 +140,7 @@ impl Sequence {
                 break;
             }
         }
-        // A row counts if something came of it; others belong to draft tokens that were rejected.
+        // Rows after the last one used belong to rejected draft tokens.
         let mut num_accepted_rows = output.sampled.len();
         if let (Some(reason), None) = (end, output.finish_reason) {
             self.finish(reason, &mut output);
@@ -196,7 +197,7 @@ impl Sequence {
         output.text_ends.push(output.text.len());
     }
 
-    /// Take the next token; why it is the last one, if it is.
+    /// Append the next token; returns the finish reason if it is the last one.
     fn take(&mut self, token: TokenId, output: &mut SequenceOutput) -> Option<FinishReason> {
         let may_stop = self.sampling.may_stop_after(self.tokens.len() - self.num_prompt_tokens);
         self.tokens.push(token);

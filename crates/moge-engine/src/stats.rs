@@ -1,19 +1,19 @@
-//! Numbers for those who watch an engine.
+//! Statistics of an engine.
 
 use moge_model::ModelConfig;
 
-/// What an engine holds now, and totals since its start.
+/// Current state of an engine, and totals since its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EngineStats {
     /// Sequences with blocks of the KV cache.
     pub num_running: usize,
-    /// Sequences without: they have not begun, or were preempted.
+    /// Sequences without blocks: not started yet, or preempted.
     pub num_waiting: usize,
     /// Blocks of the KV cache.
     pub num_blocks: usize,
-    /// Blocks that no sequence holds. They may still hold what the prefix cache finds.
+    /// Blocks that no sequence holds; some may still be in the prefix cache.
     pub num_free_blocks: usize,
-    /// Total: how often a sequence had to give its blocks to older ones.
+    /// Total: preemptions, where a sequence gave its blocks to older ones.
     pub num_preemptions: u64,
     /// Total: prompt tokens of the sequences that began to run and may use the prefix cache.
     pub num_prompt_tokens_looked_up: u64,
@@ -21,8 +21,8 @@ pub struct EngineStats {
     pub num_prompt_tokens_cached: u64,
 }
 
-/// How many tokens went to each routed expert since the start. In the last layer only those tokens count whose logits
-/// were wanted: the others need no experts there.
+/// Tokens routed to each expert since the start, including rejected draft tokens. The last layer counts only tokens whose
+/// logits were wanted: it computes no experts for the others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExpertLoad {
     /// Tokens, `[routed layer, num_expert_groups, experts_per_group]`.
@@ -34,7 +34,7 @@ pub struct ExpertLoad {
 }
 
 impl ExpertLoad {
-    /// Nothing counted yet; `None` if the model has no routed experts.
+    /// All counts 0; `None` if the model has no routed experts.
     pub(crate) fn new(config: &ModelConfig) -> Option<ExpertLoad> {
         let moe = config.moe()?;
         Some(ExpertLoad {

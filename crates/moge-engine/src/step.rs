@@ -7,11 +7,11 @@ use crate::request::SeqId;
 /// One step's work.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Step {
-    /// What the model computes.
+    /// Input of the forward pass.
     pub batch: Batch,
-    /// Whose rows these are, parallel to `batch.sequences`.
+    /// The sequences of the batch, parallel to `batch.sequences`.
     pub sequences: Vec<ScheduledSequence>,
-    /// Sequences that had to give their blocks to older ones before this step.
+    /// Sequences preempted before this step.
     pub preempted: Vec<SeqId>,
 }
 
@@ -19,19 +19,19 @@ pub struct Step {
 /// those to sample from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScheduledSequence {
-    /// Which sequence.
+    /// The sequence.
     pub id: SeqId,
-    /// Rows whose logits are compared with the next token of the prompt.
+    /// Rows whose logits give the log-probability of the next prompt token.
     pub num_prompt_logit_rows: usize,
     /// Rows to sample from: that of the last token, and those of the draft tokens after it. 0 if a part of the sequence
     /// is still to be computed.
     pub num_sample_rows: usize,
-    /// Of how many of its rows the experts are wanted. They are its last rows.
+    /// Rows whose experts are wanted; the last rows of the sequence.
     pub num_route_rows: usize,
 }
 
 impl ScheduledSequence {
-    /// Rows of draft tokens. They are its last rows.
+    /// Rows of draft tokens; the last rows of the sequence.
     pub fn num_draft_rows(&self) -> usize {
         self.num_sample_rows.saturating_sub(1)
     }

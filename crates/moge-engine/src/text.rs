@@ -1,4 +1,4 @@
-//! The text of one sequence, while its tokens arrive.
+//! Incremental detokenisation of one sequence, up to the first stop string.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! Bad checkpoint files: each gets a clear error, none a panic or a huge allocation.
+//! Damaged checkpoint files: each gives a clear error, and none a panic or a huge allocation.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 mod common;
@@ -127,17 +127,30 @@ fn wrong_shape_wrong_dtype_missing_and_unexpected_tensors_are_all_listed() {
     assert_refused(dir.path(), &["model.norm.bias: unexpected"]);
 }
 
-#[test]
-fn left_overs_of_training_frameworks_are_ignored() {
+/// A copy of a golden checkpoint with one more tensor, a single number of this name.
+fn with_extra_tensor(name: &str) -> tempfile::TempDir {
     let dir = copy_of("qwen3");
     let file = dir.path().join("model.safetensors");
     let (mut header, mut data) = split_file(&file);
     let end = data.len();
     data.extend([0; 4]);
-    header["model.layers.0.self_attn.rotary_emb.inv_freq"] =
-        json!({"dtype": "F32", "shape": [1], "data_offsets": [end, end + 4]});
+    header[name] = json!({"dtype": "F32", "shape": [1], "data_offsets": [end, end + 4]});
     join_file(&file, &header, &data);
-    Model::load(dir.path(), LoadMode::Mmap, &|_, _| ()).unwrap();
+    dir
+}
+
+#[test]
+fn tensors_of_other_software_that_carry_no_weights_are_ignored() {
+    for name in ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.k_proj.kv_cache_offset"] {
+        Model::load(with_extra_tensor(name).path(), LoadMode::Mmap, &|_, _| ()).unwrap();
+    }
+}
+
+#[test]
+fn a_tensor_whose_name_merely_contains_that_of_an_ignored_one_is_refused() {
+    for name in ["model.layers.0.mlp.module.bias", "model.rotary_emb.inv_freq.weight", "kv_cache_offset_proj.weight"] {
+        assert_refused(with_extra_tensor(name).path(), &["1 of the tensors", &format!("{name}: unexpected")]);
+    }
 }
 
 #[test]

@@ -13,12 +13,12 @@ use serde::de::DeserializeOwned;
 
 const MODELS: [&str; 7] = ["pangu_like", "nmt_nfkc", "nmt_nfkc_cf", "user_defined", "unused", "suffix", "unescaped"];
 
-/// What the library did with one model.
+/// Results of the library for one model.
 #[derive(Deserialize)]
 struct Golden {
     /// For each text its ids, and what they decode to if that is not the text.
     texts: Vec<(Vec<TokenId>, Option<String>)>,
-    /// What each id alone decodes to.
+    /// Text of each id alone.
     pieces: Vec<String>,
     /// Random ids and what they decode to.
     sequences: Vec<(Vec<TokenId>, String)>,

@@ -9,6 +9,8 @@ mod blocking;
 mod body;
 mod clock;
 mod conversation;
+#[cfg(test)]
+mod draft_tests;
 mod engine_thread;
 mod error;
 mod expert_ids;
@@ -23,5 +25,7 @@ mod server;
 mod structured;
 
 pub use app::{ServedModel, ServerConfig};
+#[doc(hidden)]
+pub use routes::parse_request_body;
 pub use serve_error::ServeError;
 pub use server::Server;

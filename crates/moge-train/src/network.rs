@@ -54,6 +54,8 @@ struct LayerPlaces {
 #[derive(Debug)]
 struct ExpertPlaces {
     moe: MoeConfig,
+    /// Place of the layer among those with experts.
+    routed_index: usize,
     router: MatrixSpan,
     router_scale: Option<Range<usize>>,
     /// Where `[gate; up]` of each expert begins.
@@ -113,10 +115,11 @@ struct Tools<'a> {
 }
 
 impl LayerPlaces {
-    fn new(config: &ModelConfig, spans: Layer<MatrixSpan, Range<usize>>) -> LayerPlaces {
+    fn new(config: &ModelConfig, index: usize, spans: Layer<MatrixSpan, Range<usize>>) -> LayerPlaces {
         let experts = match &spans.mlp {
             LayerMlp::Experts(experts) => Some(ExpertPlaces {
                 moe: *config.moe().expect("a layer has experts"),
+                routed_index: config.routed_index(index).expect("the layer has experts"),
                 router: experts.router,
                 router_scale: experts.router_scale.clone(),
                 gate_up_starts: experts.routed.iter().map(|e| MatrixSpan::joined(e.gate_up).start).collect(),
@@ -127,11 +130,11 @@ impl LayerPlaces {
         LayerPlaces { spans, experts }
     }
 
-    /// The MLP that every row goes through: the only one, or the shared expert.
-    fn dense(&self) -> &Swiglu<MatrixSpan> {
+    /// The MLP that every row goes through: the only one, or the shared expert if there is one.
+    fn dense(&self) -> Option<&Swiglu<MatrixSpan>> {
         match &self.spans.mlp {
-            LayerMlp::Dense(mlp) => mlp,
-            LayerMlp::Experts(experts) => experts.shared.as_ref().expect("a shared expert"),
+            LayerMlp::Dense(mlp) => Some(mlp),
+            LayerMlp::Experts(experts) => experts.shared.as_ref(),
         }
     }
 }
@@ -143,7 +146,7 @@ impl TrainNetwork {
         TrainNetwork {
             config: config.clone(),
             embedding,
-            layers: layers.into_iter().map(|spans| LayerPlaces::new(config, spans)).collect(),
+            layers: layers.into_iter().enumerate().map(|(i, spans)| LayerPlaces::new(config, i, spans)).collect(),
             final_norm,
             head,
             inverse_frequencies: config.rope.inverse_frequencies(),
@@ -190,7 +193,7 @@ impl TrainNetwork {
             // What forward kept last is the last layer's.
             if recompute && index + 1 < self.layers.len() {
                 let (inputs, outputs) = stream.split_at_mut(index + 1);
-                pass.layer(layer, index, (&inputs[index], &mut outputs[0]), kept, &mut tools);
+                pass.layer(layer, (&inputs[index], &mut outputs[0]), kept, &mut tools);
             }
             pass.mlp_backward(layer, &mut d_stream, kept, &mut tools, &mut grads);
             pass.attention_backward(&layer.spans, (&mut d_stream, &stream[index]), kept, &mut tools, &mut grads);
@@ -252,7 +255,7 @@ impl TrainNetwork {
         for (index, layer) in self.layers.iter().enumerate() {
             let kept = &mut kept[index.min(kept.len() - 1)];
             let (inputs, outputs) = stream.split_at_mut(index + 1);
-            pass.layer(layer, index, (&inputs[index], &mut outputs[0]), kept, tools);
+            pass.layer(layer, (&inputs[index], &mut outputs[0]), kept, tools);
             if let Some(experts) = &layer.experts {
                 let layer_losses = pass.routing_losses(&experts.moe, &kept.routed);
                 losses.routing.aux += layer_losses.aux;
@@ -307,12 +310,11 @@ impl Pass<'_> {
     fn layer(
         &self,
         layer: &LayerPlaces,
-        index: usize,
         (input, output): (&[f32], &mut [f32]),
         kept: &mut Kept,
         tools: &mut Tools<'_>,
     ) {
         self.attention(&layer.spans, input, kept, tools);
-        self.mlp(layer, index, output, kept, tools);
+        self.mlp(layer, output, kept, tools);
     }
 }

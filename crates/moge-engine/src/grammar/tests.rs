@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use moge_model::Prefix;
+use moge_model::{Cpu, Isa, Prefix};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -8,7 +8,7 @@ use super::*;
 use crate::logprobs::row_logprobs;
 use crate::masks::Masks;
 use crate::sample::sample;
-use crate::sampler::Sampler;
+use crate::sampler::Samplers;
 use crate::{FinishReason, Request, Sampled, SamplingParams, Scheduler, SchedulerConfig};
 
 /// Entries of the model's vocabulary that have no token.
@@ -71,7 +71,8 @@ impl Bench {
         let num_prompt_tokens = prompt.len();
         let grammar = Some(self.compiler.compile(lark).unwrap());
         scheduler.add_request(Request { prompt, sampling, grammar }).unwrap();
-        let (mut masks, mut sampler) = (Masks::default(), Sampler::default());
+        let (mut masks, samplers) = (Masks::default(), Samplers::default());
+        let cpu = Cpu::new(Isa::select().unwrap(), 1);
         let mut answer = Answer { tokens: Vec::new(), text: String::new(), finish_reason: None };
         while let Some(step) = scheduler.schedule() {
             masks.start(scheduler.take_grammars(&step));
@@ -81,7 +82,7 @@ impl Bench {
             };
             let masks = scheduler.return_grammars(masks.finish());
             let rows = scheduler.logit_rows(&step, masks);
-            let results = sample(&mut sampler, &rows, &logits, self.vocab_size());
+            let results = sample(&cpu, &samplers, &rows, &logits, self.vocab_size());
             let output = scheduler.postprocess(&step, results).remove(0);
             for Sampled { token, logprobs } in output.sampled {
                 assert_eq!(logprobs, Some(row_logprobs(&logits, token, 2)), "they are the model's");

@@ -1,9 +1,9 @@
 use std::collections::BTreeMap;
 
-use moge_model::{BLOCK_SIZE, Batch};
+use moge_model::{BLOCK_SIZE, Batch, Isa};
 
 use super::*;
-use crate::{Request, Scheduler, SchedulerConfig};
+use crate::{Request, RowLogprobs, Scheduler, SchedulerConfig};
 
 const VOCAB_SIZE: usize = 19;
 const NUM_BLOCKS: usize = 90;
@@ -73,7 +73,7 @@ fn serve_with_drafts(
         None,
     );
     let mut model = ToyModel { kv_cache: vec![TokenId(0); NUM_BLOCKS * BLOCK_SIZE] };
-    let mut sampler = Sampler::default();
+    let (cpu, samplers) = (Cpu::new(Isa::select().unwrap(), 2), Samplers::default());
     let mut index_of = BTreeMap::new();
     let mut answers: Vec<Answer> = requests.iter().map(|_| Answer::default()).collect();
     let last_arrival = requests.iter().map(|(arrival, _)| *arrival).max().unwrap();
@@ -91,7 +91,7 @@ fn serve_with_drafts(
             continue;
         };
         let rows = scheduler.logit_rows(&step, BTreeMap::new());
-        let results = sample(&mut sampler, &rows, &model.forward(&step.batch), VOCAB_SIZE);
+        let results = sample(&cpu, &samplers, &rows, &model.forward(&step.batch), VOCAB_SIZE);
         for output in scheduler.postprocess(&step, results) {
             let answer = &mut answers[index_of[&output.id]];
             assert_eq!(answer.finish_reason, None);
@@ -223,7 +223,7 @@ fn a_row_without_a_possible_token_ends_its_own_sequence_only() {
     let step = scheduler.schedule().unwrap();
     let logits = [f32::NAN, f32::NAN, f32::NEG_INFINITY, 1.0, f32::NAN, 2.0];
     let rows = scheduler.logit_rows(&step, BTreeMap::new());
-    let results = sample(&mut Sampler::default(), &rows, &logits, 3);
+    let results = sample(&Cpu::new(Isa::select().unwrap(), 2), &Samplers::default(), &rows, &logits, 3);
     assert_eq!((&results[0].sampled[..], results[0].end), (&[][..], Some(FinishReason::NoFiniteLogit)));
     let outputs = scheduler.postprocess(&step, results);
     assert_eq!((outputs[0].id, outputs[0].finish_reason), (broken, Some(FinishReason::NoFiniteLogit)));

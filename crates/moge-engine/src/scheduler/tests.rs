@@ -1,5 +1,5 @@
 use super::*;
-use crate::{FinishReason, Sampled, SamplingParams};
+use crate::{FinishReason, Sampled, SamplingParams, ScheduledSequence};
 
 const EOS: TokenId = TokenId(9);
 

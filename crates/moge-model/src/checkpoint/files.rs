@@ -1,25 +1,25 @@
-//! Opening the files of a checkpoint. A directory from the network may hold anything under the names that we look for: a
-//! pipe that never answers, a device that never ends, what Git LFS leaves in place of a file.
+//! Opening the files of a checkpoint. A downloaded directory may hold anything under the names of its files: a pipe that
+//! blocks, a device without an end, a Git LFS pointer.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
 
-use crate::checkpoint::reader::CheckpointError;
+use crate::checkpoint::error::CheckpointError;
 
-/// Longest of the files that are read whole, in bytes. The largest known, a `tokenizer.json`, has 20 MB.
+/// Maximum size of a file that is read whole, in bytes. The largest known, a `tokenizer.json`, has 20 MB.
 const MAX_WHOLE_BYTES: u64 = 256 << 20;
 
-/// How a Git LFS pointer begins; it stands where `git clone` did not fetch the file itself.
+/// Start of a Git LFS pointer, which replaces a file that `git clone` did not fetch.
 const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
 
-/// Open a file to read, if it is one.
+/// Open a regular file for reading.
 ///
 /// # Errors
-/// If it is no regular file, or one that Git LFS left in place of it, or cannot be opened.
+/// If it is not a regular file, is a Git LFS pointer, or cannot be opened.
 pub fn open_file(path: &Path) -> io::Result<File> {
-    // Asked before opening: to open a named pipe is to wait for its writer.
+    // Checked before opening: opening a named pipe waits for its writer.
     let metadata = fs::metadata(path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound if is_there(path) => io::Error::new(error.kind(), "a link that leads nowhere"),
         _ => error,
@@ -38,7 +38,7 @@ pub fn open_file(path: &Path) -> io::Result<File> {
 /// Read one of the small files of a checkpoint.
 ///
 /// # Errors
-/// If it is no regular file, too large, or cannot be read.
+/// If it is not a regular file, is too large, or cannot be read.
 pub fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     let file = open_file(path)?;
     let num_bytes = file.metadata()?.len();
@@ -50,8 +50,8 @@ pub fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The files in `dir` that belong to a checkpoint beside weights and config: the tokenizer and the like, by name, and what
-/// they hold. Directories do not, whatever their names.
+/// Names and contents of the files in `dir` that belong to a checkpoint beside weights and config, such as the tokenizer.
+/// Directories are skipped.
 ///
 /// # Errors
 /// If the directory or one of the files cannot be read.
@@ -88,14 +88,14 @@ fn is_small_file(name: &str) -> bool {
     NAMES.contains(&name) || prefixes.iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// As [`read_file`]; `None` if there is nothing under this name. A link that leads nowhere is something, and an error.
+/// As [`read_file`]; `None` if the directory has no such entry. A dangling link is an error.
 pub(crate) fn read_file_if_there(path: &Path) -> io::Result<Option<Vec<u8>>> {
     if is_there(path) { read_file(path).map(Some) } else { Ok(None) }
 }
 
-/// True if the directory has an entry of this name, be it a link that leads nowhere.
+/// True if the directory has an entry of this name, including a dangling link.
 pub(crate) fn is_there(path: &Path) -> bool {
-    // What cannot even be asked about is left for the one who opens it to report.
+    // Any other error is reported when the file is opened.
     !matches!(fs::symlink_metadata(path), Err(error) if error.kind() == io::ErrorKind::NotFound)
 }
 

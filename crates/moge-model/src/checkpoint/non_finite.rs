@@ -1,10 +1,10 @@
-//! Find the numbers of a stored tensor that are no numbers.
+//! Count NaN and infinite elements of a stored tensor.
 
 use safetensors::tensor::Dtype as StoredDtype;
 
-use crate::checkpoint::reader::StoredTensor;
+use crate::checkpoint::storage::StoredTensor;
 
-/// How many elements of a tensor are not finite.
+/// Numbers of elements of a tensor that are not finite.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NonFinite {
     /// Not a number.
@@ -13,7 +13,7 @@ pub struct NonFinite {
     pub num_infinite: u64,
 }
 
-/// Read all of `tensor` and count. Only the types that a weight may have are looked at: f32, f16 and bf16.
+/// Count the elements of `tensor` that are not finite; 0 for types other than f32, f16 and bf16.
 pub fn count_non_finite(tensor: &StoredTensor) -> NonFinite {
     let bytes = tensor.bytes();
     match tensor.dtype() {
@@ -24,7 +24,7 @@ pub fn count_non_finite(tensor: &StoredTensor) -> NonFinite {
     }
 }
 
-/// Without its sign, an infinity is the bit pattern `infinity`, and what lies above it is no number.
+/// Without its sign, infinity has the bit pattern `infinity`, and larger patterns are NaN.
 fn count<T: Ord + Copy, const N: usize>(bytes: &[u8], magnitude: fn([u8; N]) -> T, infinity: T) -> NonFinite {
     let mut found = NonFinite::default();
     for element in bytes.as_chunks::<N>().0 {

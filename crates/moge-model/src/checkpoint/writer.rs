@@ -7,91 +7,22 @@
 //! The data of a shard begins at a cache line, and so does every tensor whose bytes are whole cache lines, as those of
 //! large tensors are: loads of registers then never straddle two.
 
-use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::ops::Range;
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use safetensors::Dtype;
-use safetensors::tensor::{Metadata, TensorInfo};
-use thiserror::Error;
+use crate::checkpoint::index::{INDEX_NAME, SINGLE_SHARD_NAME};
+use crate::checkpoint::shards::{PlannedTensor, Shard, header_bytes, num_bytes, split_into_shards};
+use crate::checkpoint::write_file::{
+    WriteError, io_error, is_there, resume_error, sync_directory, temporary_path, write_file,
+};
 
 /// Size of a shard that the official releases keep to, in bytes.
 pub const DEFAULT_MAX_SHARD_BYTES: u64 = 5_000_000_000;
 
-/// Name of a checkpoint that fits in one shard.
-pub(crate) const SINGLE_SHARD_NAME: &str = "model.safetensors";
-
-/// Name of the file that says which shard holds which tensor.
-pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";
-
 /// Name of the journal in a directory whose weights are not all written, see [`CheckpointWriter::resume`]. Whoever keeps
 /// it removes it when the checkpoint is whole.
 pub const JOURNAL_NAME: &str = "unfinished.jsonl";
-
-/// Bytes of a cache line.
-const LINE_BYTES: u64 = 64;
-
-/// A tensor that will be written.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PlannedTensor {
-    /// Its name in the checkpoint.
-    pub name: String,
-    /// Type of its numbers.
-    pub dtype: Dtype,
-    /// Its dimensions, slowest first.
-    pub shape: Vec<usize>,
-}
-
-/// Why a checkpoint could not be written.
-#[derive(Debug, Error)]
-pub enum WriteError {
-    /// A file that would be written is there already; nothing is ever overwritten.
-    #[error("{}: exists already; remove it or choose another directory", path.display())]
-    TargetExists {
-        /// The file.
-        path: PathBuf,
-    },
-    /// There is no space left for the data, or the system allows no longer file.
-    #[error("{}: the disk is full", path.display())]
-    DiskFull {
-        /// The file being written.
-        path: PathBuf,
-    },
-    /// The directory or a file in it may not be written.
-    #[error("{}: not writable: {source}", path.display())]
-    NotWritable {
-        /// The directory or file.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// Another failure of the file system.
-    #[error("{}: {source}", path.display())]
-    Io {
-        /// The directory or file.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// A file that an earlier writer left is not as it must be.
-    #[error("{}: {problem}; remove the directory and begin again", path.display())]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// The plan cannot be written as safetensors.
-    #[error("tensor {name}: {problem}")]
-    Plan {
-        /// The tensor's name.
-        name: String,
-        /// What is wrong with it.
-        problem: String,
-    },
-}
 
 /// Streams the tensors of a plan into shards. See the module's description.
 #[derive(Debug)]
@@ -100,7 +31,7 @@ pub struct CheckpointWriter {
     /// In the order in which they are written.
     tensors: Vec<PlannedTensor>,
     shards: Vec<Shard>,
-    /// If it is dropped before the end, its files stay.
+    /// Keep the files if it is dropped before the end.
     is_resumable: bool,
     /// Shards that have a file; the last of them is being written.
     num_opened: usize,
@@ -108,13 +39,6 @@ pub struct CheckpointWriter {
     /// The tensor being written, and how many of its bytes are still missing.
     current_tensor: usize,
     missing_bytes: u64,
-}
-
-/// A file of the checkpoint: its tensors as a range of the plan.
-#[derive(Debug)]
-struct Shard {
-    name: String,
-    tensors: Range<usize>,
 }
 
 impl CheckpointWriter {
@@ -136,7 +60,7 @@ impl CheckpointWriter {
     }
 
     /// Go on where an earlier writer of the same plan stopped, wherever that was, in the same `dir`: the first
-    /// `num_complete` tensors are on the disk. With 0, begin. What the writer makes stays when it is dropped.
+    /// `num_complete` tensors are on the disk; 0 starts anew. The files of the writer are kept when it is dropped.
     ///
     /// # Errors
     /// As [`CheckpointWriter::create`], and if files of the complete tensors are missing, too short, or of another plan.
@@ -347,154 +271,10 @@ impl Drop for CheckpointWriter {
             return;
         }
         for index in 0..self.num_opened {
-            // There is nobody to tell; a temporary file that stays does no harm.
+            // The error cannot be reported; a temporary file that is left does no harm.
             let _ = fs::remove_file(self.temporary_path(index));
         }
     }
-}
-
-/// Write a whole file so that it is either absent or complete: temporary name, fsync, rename.
-///
-/// # Errors
-/// If the file system refuses.
-pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), WriteError> {
-    let temporary = temporary_path(path);
-    // A writer that was killed may have left a part of it.
-    let mut file = File::create(&temporary).map_err(|source| io_error(&temporary, source))?;
-    let written = file.write_all(bytes).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&temporary, path));
-    written.map_err(|source| {
-        // The write error is what the caller must see, whether or not the file can be removed.
-        let _ = fs::remove_file(&temporary);
-        io_error(path, source)
-    })
-}
-
-/// Sort a file system error into the kinds that a user can act on.
-pub fn io_error(path: &Path, source: io::Error) -> WriteError {
-    let path = path.to_path_buf();
-    match source.kind() {
-        io::ErrorKind::AlreadyExists => WriteError::TargetExists { path },
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
-            WriteError::DiskFull { path }
-        }
-        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => WriteError::NotWritable { path, source },
-        _ => WriteError::Io { path, source },
-    }
-}
-
-/// The same for a file that an earlier writer left: it must be there.
-fn resume_error(path: &Path, source: io::Error) -> WriteError {
-    match source.kind() {
-        io::ErrorKind::NotFound => {
-            WriteError::Damaged { path: path.to_path_buf(), problem: "it is missing".to_string() }
-        }
-        _ => io_error(path, source),
-    }
-}
-
-/// Make the renames inside `dir` survive a power cut.
-///
-/// # Errors
-/// If the file system refuses.
-pub fn sync_directory(dir: &Path) -> Result<(), WriteError> {
-    // Only Unix lets a directory be opened as a file.
-    if cfg!(unix) {
-        File::open(dir).and_then(|dir| dir.sync_all()).map_err(|source| io_error(dir, source))?;
-    }
-    Ok(())
-}
-
-fn is_there(path: &Path) -> Result<bool, WriteError> {
-    path.try_exists().map_err(|source| io_error(path, source))
-}
-
-fn temporary_path(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".partial");
-    PathBuf::from(name)
-}
-
-/// Bytes of a tensor's data. The plan has been checked, so nothing overflows.
-fn num_bytes(tensor: &PlannedTensor) -> u64 {
-    tensor.shape.iter().product::<usize>() as u64 * (tensor.dtype.bitsize() / 8) as u64
-}
-
-fn check_plan(tensors: &[PlannedTensor]) -> Result<(), WriteError> {
-    let mut total_bits = 0usize;
-    for tensor in tensors {
-        let refuse = |problem: String| Err(WriteError::Plan { name: tensor.name.clone(), problem });
-        let bits =
-            tensor.shape.iter().try_fold(tensor.dtype.bitsize(), |product, &dimension| product.checked_mul(dimension));
-        let Some(sum) = bits.and_then(|bits| total_bits.checked_add(bits)) else {
-            return refuse(format!("shape {:?} is too large", tensor.shape));
-        };
-        total_bits = sum;
-        if !tensor.dtype.bitsize().is_multiple_of(8) {
-            return refuse(format!("type {} has no whole number of bytes", tensor.dtype));
-        }
-    }
-    match tensors.windows(2).find(|pair| pair[0].name == pair[1].name) {
-        Some(pair) => Err(WriteError::Plan { name: pair[0].name.clone(), problem: "is in the plan twice".to_string() }),
-        None => Ok(()),
-    }
-}
-
-/// Sort by name, fill shards greedily, and order each shard by falling alignment: whole cache lines, then by type.
-fn split_into_shards(
-    mut tensors: Vec<PlannedTensor>,
-    max_shard_bytes: u64,
-) -> Result<(Vec<PlannedTensor>, Vec<Shard>), WriteError> {
-    tensors.sort_by(|a, b| a.name.cmp(&b.name));
-    check_plan(&tensors)?;
-    let mut ranges = Vec::new();
-    let (mut start, mut shard_bytes) = (0, 0);
-    for (index, tensor) in tensors.iter().enumerate() {
-        let bytes = num_bytes(tensor);
-        if index > start && shard_bytes + bytes > max_shard_bytes {
-            ranges.push(start..index);
-            (start, shard_bytes) = (index, 0);
-        }
-        shard_bytes += bytes;
-    }
-    ranges.push(start..tensors.len());
-    for range in &ranges {
-        tensors[range.clone()].sort_by_key(|tensor| {
-            let is_aligned = num_bytes(tensor).is_multiple_of(LINE_BYTES);
-            (!is_aligned, std::cmp::Reverse(tensor.dtype.bitsize()))
-        });
-    }
-    let num_shards = ranges.len();
-    let shards = ranges.into_iter().enumerate().map(|(index, tensors)| Shard {
-        name: match num_shards {
-            1 => SINGLE_SHARD_NAME.to_string(),
-            _ => format!("model-{:05}-of-{num_shards:05}.safetensors", index + 1),
-        },
-        tensors,
-    });
-    Ok((tensors, shards.collect()))
-}
-
-/// The length, the JSON header, and spaces up to whole cache lines; the format wants a multiple of 8 bytes.
-fn header_bytes(tensors: &[PlannedTensor]) -> Result<Vec<u8>, WriteError> {
-    let mut offset = 0;
-    let infos = tensors.iter().map(|tensor| {
-        let start = offset;
-        offset += num_bytes(tensor) as usize;
-        let info = TensorInfo { dtype: tensor.dtype, shape: tensor.shape.clone(), data_offsets: (start, offset) };
-        (tensor.name.clone(), info)
-    });
-    let about = HashMap::from([("format".to_string(), "pt".to_string())]);
-    let refuse = |problem: String| {
-        let name = tensors.first().map_or_else(String::new, |tensor| tensor.name.clone());
-        WriteError::Plan { name, problem }
-    };
-    let metadata = Metadata::new(Some(about), infos.collect()).map_err(|error| refuse(error.to_string()))?;
-    let mut json = serde_json::to_vec(&metadata).map_err(|error| refuse(error.to_string()))?;
-    let length_bytes = size_of::<u64>();
-    json.resize((length_bytes + json.len()).next_multiple_of(LINE_BYTES as usize) - length_bytes, b' ');
-    let mut header = (json.len() as u64).to_le_bytes().to_vec();
-    header.extend(json);
-    Ok(header)
 }
 
 #[cfg(test)]

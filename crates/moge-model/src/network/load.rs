@@ -5,8 +5,10 @@ use std::collections::HashSet;
 use moge_kernels::{Cpu, Dtype, Isa};
 use safetensors::tensor::Dtype as StoredDtype;
 
+use crate::checkpoint::error::{CheckpointError, TensorProblem};
 use crate::checkpoint::quant_scheme::QuantScheme;
-use crate::checkpoint::reader::{Checkpoint, CheckpointError, StoredTensor, TensorProblem};
+use crate::checkpoint::reader::Checkpoint;
+use crate::checkpoint::storage::StoredTensor;
 use crate::network::config::ModelConfig;
 use crate::network::tensors::{HEAD_NAME, MatrixSpec, Part, TensorSource, TensorSpec, source_name};
 use crate::network::weight::{Weight, widen};
@@ -52,8 +54,8 @@ fn has_allowed_dtype(spec: &TensorSpec, dtype: StoredDtype) -> bool {
 
 /// Left-overs of training frameworks that carry no weights, and the head's copy of a tied embedding.
 fn is_ignored(config: &ModelConfig, name: &str) -> bool {
-    ["rotary_emb.inv_freq", "module", "kv_cache_offset"].iter().any(|part| name.contains(part))
-        || (config.tie_word_embeddings && name == HEAD_NAME)
+    const IGNORED_SUFFIXES: [&str; 2] = [".rotary_emb.inv_freq", ".kv_cache_offset"];
+    IGNORED_SUFFIXES.iter().any(|suffix| name.ends_with(suffix)) || (config.tie_word_embeddings && name == HEAD_NAME)
 }
 
 fn float_dtype(dtype: StoredDtype) -> Option<Dtype> {

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use moge_kernels::{Cpu, Elements, Isa, Matrix};
 
+use crate::checkpoint::error::TensorProblem;
 use crate::checkpoint::quant_scheme::QuantScheme;
-use crate::checkpoint::reader::{Storage, TensorProblem};
+use crate::checkpoint::storage::Storage;
 use crate::network::config::ModelConfig;
 use crate::network::tensors::{MatrixSpec, Part, TensorSource, TensorSpec, source_name};
 use crate::network::weight::{Weight, pack, widen};

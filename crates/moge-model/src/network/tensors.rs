@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use moge_kernels::PackedFormat;
 
+use crate::checkpoint::error::TensorProblem;
 use crate::checkpoint::quant_scheme::{WeightRole, format_name};
-use crate::checkpoint::reader::TensorProblem;
 use crate::network::config::ModelConfig;
 
 /// Name of the token embedding.

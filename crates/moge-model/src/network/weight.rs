@@ -6,7 +6,7 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use moge_kernels::{Cpu, Dtype, Elements, Isa, Matrix, PANEL_ROWS, PackedFormat, PackedMatrix, pack_panel};
 
-use crate::checkpoint::reader::{Storage, StoredTensor};
+use crate::checkpoint::storage::{Storage, StoredTensor};
 use crate::network::tensors::Part;
 
 /// A large tensor, used where it lies in the checkpoint's file, or packed: `[rows, cols]`.

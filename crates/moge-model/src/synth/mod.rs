@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::checkpoint::writer::{
-    CheckpointWriter, DEFAULT_MAX_SHARD_BYTES, PlannedTensor, WriteError, io_error, write_file,
-};
+use crate::checkpoint::shards::PlannedTensor;
+use crate::checkpoint::write_file::{WriteError, io_error, write_file};
+use crate::checkpoint::writer::{CheckpointWriter, DEFAULT_MAX_SHARD_BYTES};
 use crate::cost::NetworkCost;
 use crate::network::config::{Architecture, ConfigError, ModelConfig};
 use crate::network::tensors::TensorSpec;
@@ -29,10 +29,10 @@ pub fn presets() -> impl Iterator<Item = &'static Preset> {
     Architecture::ALL.into_iter().flat_map(|architecture| architecture.spec().synth.presets)
 }
 
-/// Why no checkpoint was made.
+/// Reasons why no checkpoint was written.
 #[derive(Debug, Error)]
 pub enum SynthError {
-    /// The sizes describe no network.
+    /// The sizes do not describe a valid network.
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// The vocabulary has no room for the special tokens and the alphabet.
@@ -82,7 +82,7 @@ impl SynthConfig {
     }
 }
 
-/// Write a random checkpoint into `dir`, which is made if it is not there and must be empty if it is. `progress` gets
+/// Write a random checkpoint into `dir`, which is created if absent and must be empty otherwise. `progress` gets
 /// the bytes of weights written so far and in all.
 ///
 /// The same config gives the same bytes on every machine. `config.json` comes last: without it no reader takes a

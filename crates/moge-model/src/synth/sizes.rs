@@ -1,14 +1,14 @@
-//! What a random checkpoint is made of: the values that a user and the architectures' files state.
+//! The sizes of a random checkpoint, stated by a user or by the presets of an architecture.
 
 use moge_kernels::Dtype;
 use serde_json::Value;
 
 use crate::network::config::Architecture;
 
-/// What to make: the sizes as a user states them, not checked yet.
+/// The sizes that a user asks for, not yet checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SynthConfig {
-    /// Which network.
+    /// The architecture.
     pub architecture: Architecture,
     /// Number of layers.
     pub num_layers: usize,
@@ -62,7 +62,7 @@ pub enum SynthMlp {
 /// A named set of sizes.
 #[derive(Clone, Copy, Debug)]
 pub struct Preset {
-    /// What the command line calls it; unique among the presets of an architecture.
+    /// Name on the command line; unique among the presets of an architecture.
     pub name: &'static str,
     /// A description for people.
     pub about: &'static str,
@@ -145,7 +145,7 @@ pub(crate) enum SynthTokenizer {
     ByteLevel(ByteLevelTokenizer),
 }
 
-/// What a byte-level tokenizer has beyond bytes and words.
+/// The tokens of a byte-level tokenizer beyond bytes and words.
 #[derive(Clone, Copy)]
 pub(crate) struct ByteLevelTokenizer {
     /// Special tokens, the last entries of the vocabulary.

@@ -1,4 +1,4 @@
-//! Which random numbers each tensor gets, and the threads that make them.
+//! The random values of each tensor, and the threads that generate them.
 
 use std::ops::Range;
 use std::sync::mpsc::sync_channel;
@@ -7,16 +7,18 @@ use moge_kernels::Dtype;
 use safetensors::Dtype as StoredDtype;
 
 use super::random::{TensorRng, Uniform};
-use crate::checkpoint::writer::{CheckpointWriter, PlannedTensor, WriteError};
+use crate::checkpoint::shards::PlannedTensor;
+use crate::checkpoint::write_file::WriteError;
+use crate::checkpoint::writer::CheckpointWriter;
 use crate::network::config::ModelConfig;
 
-/// Numbers of a tensor that are made and written at a time; even. 4 MiB of f32: large enough that a write is cheap.
+/// Elements that are generated and written at a time; even. 4 MiB of f32: large enough that a write is cheap.
 const CHUNK_ELEMENTS: u64 = 1 << 20;
 
 /// Chunks that may wait for the writer, per thread.
 const WAITING_CHUNKS: usize = 2;
 
-/// Where the numbers come from, and who makes them.
+/// Source of the random numbers, and the threads that generate them.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Source {
     pub(super) seed: u64,
@@ -72,7 +74,7 @@ pub(super) fn write_tensors(
                 let mine = chunks.iter().skip(thread).step_by(source.num_threads);
                 scope.spawn(move || {
                     for chunk in mine {
-                        // Nobody receives any more once a write has failed.
+                        // The receiver is gone once a write has failed.
                         if sender.send(chunk.bytes(config.dtype)).is_err() {
                             return;
                         }

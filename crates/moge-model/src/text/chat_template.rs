@@ -1,9 +1,11 @@
 //! Chat messages to a prompt, by the checkpoint's own Jinja template.
 //!
-//! Templates are written for Jinja2 as `transformers` sets it up, and come from strangers: what one may do is bounded
-//! by fuel, which pays for every step and every byte it makes.
+//! Templates are written for Jinja2 as `transformers` configures it, and are not trusted: fuel bounds the steps that one
+//! may take and the bytes that it may produce.
 
 mod engine;
+pub(crate) mod error;
+mod limits;
 mod namespace;
 mod rewrite;
 mod strftime;
@@ -13,19 +15,19 @@ use std::path::Path;
 
 use minijinja::{Environment, ErrorKind};
 use serde_json::{Map, Value};
-use thiserror::Error;
 
 use crate::text::tokenizer::files::{TokenizerFiles, read_optional};
-use crate::{Architecture, TokenId, Tokenizer, TokenizerError};
+use crate::{Architecture, TokenId, Tokenizer};
 use engine::{Raised, describe, jinja_value, run_bounded};
+use error::ChatTemplateError;
 
-/// What a user's text ends with to ask Pangu for an answer without thinking.
+/// Suffix of a user's text that asks Pangu for an answer without thinking.
 const NO_THINK: &str = " /no_think";
 
-/// Work that a render may do whatever its input: about a million steps, or 64 MB of text.
+/// Fuel of a render, independent of its input: about a million steps, or 64 MB of text.
 const FUEL: u64 = 1_000_000;
 
-/// Work that each byte of input adds: a short message of 40 bytes allows 320 steps.
+/// Fuel that each byte of input adds: a short message of 40 bytes allows 320 steps.
 const FUEL_PER_INPUT_BYTE: u64 = 8;
 
 /// The name of the template that is used unless another is asked for.
@@ -34,124 +36,31 @@ const DEFAULT: &str = "default";
 /// The name of the template that is used if there are tools, where a checkpoint has a separate one.
 const TOOL_USE: &str = "tool_use";
 
-/// Whether the model is to think before it answers.
+/// Controls whether the model thinks before it answers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Thinking {
-    /// As the template does by itself.
+    /// The template's default.
     #[default]
     Default,
     /// Ask for it (`enable_thinking` is true).
     On,
-    /// Ask it not to (`enable_thinking` is false; Pangu's last user text ends in ` /no_think`).
+    /// Ask for none (`enable_thinking` is false; Pangu's last user text ends in ` /no_think`).
     Off,
 }
 
-/// What a template is rendered with.
+/// The input of a template.
 #[derive(Clone, Debug, Default)]
 pub struct ChatRequest<'a> {
     /// Objects with `role`, `content` (a string or a list of parts), perhaps `tool_calls`, `reasoning_content`, ...
     pub messages: &'a [Value],
     /// Descriptions of the functions that the model may call.
     pub tools: &'a [Value],
-    /// End with what begins the assistant's next turn.
+    /// End with the start of the assistant's next turn.
     pub add_generation_prompt: bool,
-    /// Whether the model is to think before it answers.
+    /// Controls whether the model thinks before it answers.
     pub thinking: Thinking,
     /// Further variables for the template.
     pub kwargs: Map<String, Value>,
-}
-
-/// Why a chat template cannot be loaded or rendered.
-#[derive(Debug, Error)]
-pub enum ChatTemplateError {
-    /// A file cannot be read, or is damaged.
-    #[error(transparent)]
-    File(#[from] TokenizerError),
-    /// The checkpoint brings no template and none is known for its network.
-    #[error(
-        "{dir}: no chat template: there is no chat_template.jinja and no `chat_template` in tokenizer_config.json, \
-         and {architecture:?} has no built-in one"
-    )]
-    Missing {
-        /// The directory.
-        dir: String,
-        /// The network.
-        architecture: Architecture,
-    },
-    /// `chat_template` in `tokenizer_config.json` is not what it should be.
-    #[error("{file}: chat_template: {problem}")]
-    Field {
-        /// The file's path.
-        file: String,
-        /// What was found and what is allowed.
-        problem: String,
-    },
-    /// The template is not Jinja.
-    #[error("{file}: line {line}: {problem}")]
-    Syntax {
-        /// The file's path.
-        file: String,
-        /// The line in the template.
-        line: usize,
-        /// What is wrong there.
-        problem: String,
-    },
-    /// A message is no object with a role, or its content is none.
-    #[error("messages[{index}]: {problem}")]
-    Message {
-        /// Which message, from 0.
-        index: usize,
-        /// What was found and what is allowed.
-        problem: &'static str,
-    },
-    /// The template called `raise_exception`: it does not accept these messages.
-    #[error("{file}: the chat template refuses the messages: {message}")]
-    Raised {
-        /// The file's path.
-        file: String,
-        /// What the template says.
-        message: String,
-    },
-    /// The template loops for ever, or makes far more text than its input justifies.
-    #[error("{file}: the chat template does too much work; allowed: {fuel} units of fuel for this input")]
-    TooMuchWork {
-        /// The file's path.
-        file: String,
-        /// Steps that were allowed; 64 bytes of text count as one.
-        fuel: u64,
-    },
-    /// The template takes too long.
-    #[error("{file}: the chat template takes longer than {seconds} s")]
-    TooSlow {
-        /// The file's path.
-        file: String,
-        /// Seconds that were allowed.
-        seconds: u64,
-    },
-    /// There is no thread to run the template on.
-    #[error("{file}: the chat template cannot run: {source}")]
-    Thread {
-        /// The file's path.
-        file: String,
-        /// What the system says.
-        source: std::io::Error,
-    },
-    /// The template engine has a defect that this template meets.
-    #[error("{file}: the template engine panicked")]
-    Panicked {
-        /// The file's path.
-        file: String,
-    },
-    /// The template fails with these messages.
-    #[error("{file}: line {line}: {problem}")]
-    Render {
-        /// The file's path.
-        file: String,
-        /// The line in the template.
-        line: usize,
-        /// What went wrong there.
-        problem: String,
-    },
 }
 
 /// A checkpoint's chat template, ready to render.
@@ -169,7 +78,7 @@ impl ChatTemplate {
     /// built in for Pangu.
     ///
     /// # Errors
-    /// If there is none, or it is no template.
+    /// If there is none, or it is not a valid template.
     pub fn load(dir: &Path, architecture: Architecture) -> Result<Self, ChatTemplateError> {
         let files = TokenizerFiles::load(dir)?;
         let path = dir.join("chat_template.jinja");
@@ -198,7 +107,7 @@ impl ChatTemplate {
     /// ids.
     ///
     /// # Errors
-    /// If a message is no object with a role, or the template raises, fails or does not come to an end.
+    /// If a message is not an object with a role, or the template raises, fails or does not terminate.
     pub fn render(&self, request: &ChatRequest<'_>) -> Result<String, ChatTemplateError> {
         check_messages(request.messages)?;
         let mut messages = request.messages.to_vec();
@@ -206,7 +115,7 @@ impl ChatTemplate {
             append_no_think(&mut messages);
         }
         let context = self.context(request, messages);
-        // The text of the input is as good a measure as any of the work that it justifies.
+        // The size of the input bounds the work that it justifies.
         let fuel = FUEL + FUEL_PER_INPUT_BYTE * context.to_string().len() as u64;
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(fuel));
@@ -232,7 +141,7 @@ impl ChatTemplate {
 
     fn render_error(&self, error: &minijinja::Error, fuel: u64) -> ChatTemplateError {
         let file = self.file.clone();
-        // What fails inside a macro arrives wrapped in the errors of its callers.
+        // An error inside a macro is wrapped in the errors of its callers.
         let causes = std::iter::successors(Some(error), |error| std::error::Error::source(*error)?.downcast_ref());
         let error = causes.last().unwrap_or(error);
         let raised = std::error::Error::source(error).and_then(|source| source.downcast_ref::<Raised>());
@@ -277,7 +186,7 @@ fn named_sources(file: &str, template: &Value) -> Result<Vec<(String, String)>, 
     Ok(sources)
 }
 
-/// `bos_token` and the like as templates know them.
+/// The special tokens under the names that templates use.
 fn special_tokens(files: &TokenizerFiles) -> Map<String, Value> {
     let mut tokens: Map<String, Value> =
         files.named.iter().map(|(field, text)| ((*field).to_owned(), text.clone().into())).collect();

@@ -1,4 +1,4 @@
-//! `generation_config.json`: how the model's authors sample from it.
+//! `generation_config.json`: the sampling parameters that the model's authors recommend.
 
 use std::path::Path;
 
@@ -8,14 +8,14 @@ use thiserror::Error;
 use crate::TokenId;
 use crate::checkpoint::files;
 
-/// What `generation_config.json` states; nothing if there is no such file.
+/// The fields of `generation_config.json`; all absent without such a file.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct GenerationDefaults {
-    /// Whether to sample at all; not stated means no.
+    /// Sample instead of taking the most probable token; absent means false.
     pub do_sample: Option<bool>,
     /// Divides the logits; at least 0.
     pub temperature: Option<f64>,
-    /// How many of the most probable tokens are kept.
+    /// Number of most probable tokens to keep.
     pub top_k: Option<usize>,
     /// Probability of the tokens that are kept; in (0, 1].
     pub top_p: Option<f64>,
@@ -35,15 +35,15 @@ pub enum GenerationDefaultsError {
     Read {
         /// The file's path.
         file: String,
-        /// What the system says.
+        /// The I/O error.
         source: std::io::Error,
     },
-    /// The file is no JSON object.
+    /// The file is not a JSON object.
     #[error("{file}: not a JSON object: {source}")]
     NotJson {
         /// The file's path.
         file: String,
-        /// What the parser says.
+        /// The parser's error.
         source: serde_json::Error,
     },
     /// A field has a value that is not allowed.
@@ -53,9 +53,9 @@ pub enum GenerationDefaultsError {
         file: String,
         /// The field's name.
         field: &'static str,
-        /// What was found.
+        /// The value found.
         value: String,
-        /// What would be right.
+        /// The values allowed.
         allowed: &'static str,
     },
 }
@@ -64,7 +64,7 @@ impl GenerationDefaults {
     /// Read `generation_config.json` in `dir`.
     ///
     /// # Errors
-    /// If the file is there but is no JSON object, or a field that is read has a value that is not allowed.
+    /// If the file is there but is not a JSON object, or a field has a value that is not allowed.
     pub fn load(dir: &Path) -> Result<Self, GenerationDefaultsError> {
         let path = dir.join("generation_config.json");
         let file = path.display().to_string();
@@ -91,7 +91,7 @@ impl GenerationDefaults {
         })
     }
 
-    /// Whether the authors want the most probable token each time; `temperature`, `top_k`, `top_p` and `min_p` then have
+    /// True if the most probable token is to be taken each time; `temperature`, `top_k`, `top_p` and `min_p` then have
     /// no effect.
     pub fn is_greedy(&self) -> bool {
         self.do_sample != Some(true)

@@ -1,4 +1,4 @@
-//! Text and tokens: tokenizers, chat templates, what a checkpoint says about sampling.
+//! Text and tokens: tokenizers, chat templates, and a checkpoint's defaults for sampling.
 
 pub(crate) mod chat_template;
 pub(crate) mod generation_config;

@@ -10,35 +10,29 @@ use super::workspace::{Kept, Routed, Scratch};
 use super::{ExpertPlaces, LayerPlaces, Pass, Tools};
 
 impl Pass<'_> {
-    /// `output = kept.middle + [norm] mlp(norm(kept.middle))`; `index` is that of the layer.
-    pub(super) fn mlp(
-        &self,
-        layer: &LayerPlaces,
-        index: usize,
-        output: &mut [f32],
-        kept: &mut Kept,
-        tools: &mut Tools<'_>,
-    ) {
+    /// `output = kept.middle + [norm] mlp(norm(kept.middle))`.
+    pub(super) fn mlp(&self, layer: &LayerPlaces, output: &mut [f32], kept: &mut Kept, tools: &mut Tools<'_>) {
         let Kept { middle, mlp_normed, gate_up, mlp_projected, routed, .. } = kept;
         self.norm(mlp_normed, middle, &layer.spans.mlp_norm);
         match &layer.experts {
             None => {
-                self.swiglu(tools, layer.dense(), (output, mlp_normed), gate_up);
-                if let Some(norms) = &layer.spans.post_norms {
-                    mlp_projected.copy_from_slice(output);
-                    self.norm(output, mlp_projected, &norms.mlp);
+                if let Some(mlp) = layer.dense() {
+                    self.swiglu(tools, mlp, (output, mlp_normed), gate_up);
                 }
-                add(self.cpu, output, middle);
             }
             Some(experts) => {
-                self.route(experts, index, mlp_normed, routed, tools);
-                output.copy_from_slice(middle);
+                self.route(experts, mlp_normed, routed, tools);
                 self.experts(layer, experts, (output, mlp_normed), (gate_up, routed), tools);
             }
         }
+        if let Some(norms) = &layer.spans.post_norms {
+            mlp_projected.copy_from_slice(output);
+            self.norm(output, mlp_projected, &norms.mlp);
+        }
+        add(self.cpu, output, middle);
     }
 
-    /// `output += sum of weight * expert(x) over the chosen experts + shared(x)` (arXiv 2505.21411 §2.2).
+    /// `output = sum of weight * expert(x) over the chosen experts + shared(x)` (arXiv 2505.21411 §2.2).
     fn experts(
         &self,
         layer: &LayerPlaces,
@@ -48,7 +42,9 @@ impl Pass<'_> {
         tools: &mut Tools<'_>,
     ) {
         let mut shared = std::mem::take(&mut tools.scratch.hidden[0]);
-        self.swiglu(tools, layer.dense(), (&mut shared, x), gate_up);
+        if let Some(mlp) = layer.dense() {
+            self.swiglu(tools, mlp, (&mut shared, x), gate_up);
+        }
         let dispatch = &routed.dispatch;
         let Scratch { inner, expert_rows, .. } = &mut *tools.scratch;
         let inner = &mut inner[..dispatch.source_rows.len() * experts.moe.expert_intermediate_size];
@@ -59,7 +55,7 @@ impl Pass<'_> {
         let rows = ProductRows::new(inner, out_of.cols);
         tools.products.forward(self.cpu, expert_rows, rows, (self.params, out_of), None);
         let outputs = ExpertOutputs { rows: expert_rows, slots: &dispatch.slots, weights: &dispatch.weights };
-        combine(self.cpu, output, Begin::Residual, outputs, Some(&shared));
+        combine(self.cpu, output, Begin::Zero, outputs, layer.dense().map(|_| &shared[..]));
         tools.scratch.hidden[0] = shared;
     }
 
@@ -72,6 +68,7 @@ impl Pass<'_> {
         gate_up: &mut [f32],
     ) {
         let span = MatrixSpan::joined(spans.gate_up);
+        let gate_up = &mut gate_up[..x.len() / span.cols * span.rows];
         Linear { cpu: self.cpu, products: tools.products, span }.forward(self.params, gate_up, x, None);
         let inner = &mut tools.scratch.inner[..gate_up.len() / 2];
         swiglu_rows(self.cpu, inner, gate_up, spans.down.cols);
@@ -97,7 +94,10 @@ impl Pass<'_> {
                 &d_projected
             }
         };
-        self.swiglu_backward(tools, layer.dense(), (&mut d_normed, d_out), (gate_up, mlp_normed), grads);
+        match layer.dense() {
+            Some(mlp) => self.swiglu_backward(tools, mlp, (&mut d_normed, d_out), (gate_up, mlp_normed), grads),
+            None => d_normed.fill(0.0),
+        }
         if let Some(experts) = &layer.experts {
             self.experts_backward(experts, d_out, (mlp_normed, routed), tools, grads);
             self.route_backward(experts, (&mut d_router, mlp_normed), routed, tools, grads);
@@ -120,12 +120,13 @@ impl Pass<'_> {
         (gate_up, x): (&mut [f32], &[f32]),
         grads: &mut Gradients<'_>,
     ) {
+        let joined = MatrixSpan::joined(spans.gate_up);
+        let gate_up = &mut gate_up[..x.len() / joined.cols * joined.rows];
         let (products, inner) = (&mut *tools.products, &mut tools.scratch.inner[..gate_up.len() / 2]);
         let cpu = self.cpu;
         Linear { cpu, products, span: spans.down }.backward_input(self.params, inner, dy, Store::Set);
         swiglu_backward(self.cpu, gate_up, inner, spans.down.cols, None);
         Linear { cpu, products, span: spans.down }.backward_weight(grads, dy, inner);
-        let joined = MatrixSpan::joined(spans.gate_up);
         Linear { cpu, products, span: joined }.backward_weight(grads, gate_up, x);
         Linear { cpu, products, span: joined }.backward_input(self.params, dx, gate_up, Store::Set);
     }

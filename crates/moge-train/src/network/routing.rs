@@ -19,20 +19,14 @@ pub struct RoutingLosses {
 
 impl Pass<'_> {
     /// Route the rows of `x`, `[num_rows, hidden_size]`.
-    pub(super) fn route(
-        &self,
-        experts: &ExpertPlaces,
-        index: usize,
-        x: &[f32],
-        routed: &mut Routed,
-        tools: &mut Tools<'_>,
-    ) {
+    pub(super) fn route(&self, experts: &ExpertPlaces, x: &[f32], routed: &mut Routed, tools: &mut Tools<'_>) {
         let Routed { probs, log_sums, routes, dispatch, .. } = routed;
         Linear { cpu: self.cpu, products: tools.exact, span: experts.router }.forward(self.params, probs, x, None);
         let moe = &experts.moe;
         let scale = experts.router_scale.clone().map(|range| &self.params[range]);
         let per_token = moe.experts_per_token();
-        let forced = self.forced.map(|ids| &ids[index * routes.len()..(index + 1) * routes.len()]);
+        let first_choice = experts.routed_index * routes.len();
+        let forced = self.forced.map(|ids| &ids[first_choice..first_choice + routes.len()]);
         let rows = probs.chunks_exact_mut(moe.num_experts).zip(log_sums).zip(routes.chunks_exact_mut(per_token));
         for (row, ((probs, log_sum), routes)) in rows.enumerate() {
             let (largest, logit) = argmax(probs);
@@ -81,9 +75,19 @@ impl Pass<'_> {
             // First the gradients of the probabilities.
             d_logits.copy_from_slice(&aux);
             let choices = row * per_token..(row + 1) * per_token;
-            for (route, &slot) in routed.routes[choices.clone()].iter().zip(&dispatch.slots[choices]) {
-                let (e, d_weight) = (route.expert.0 as usize, tools.scratch.d_weights[slot as usize]);
-                d_logits[e] += d_weight * scale.map_or(1.0, |scale| scale[e]);
+            let routes = &routed.routes[choices.clone()];
+            let d_weight = |slot: u32| tools.scratch.d_weights[slot as usize];
+            let slots = &dispatch.slots[choices];
+            let factor = |e: usize| scale.map_or(1.0, |scale| scale[e]);
+            // Weights that were divided by their sum: d of each before that is (d - sum of d * weight) / sum.
+            let (mut sum, mut mean) = (1.0, 0.0);
+            if moe.router.renormalizes() {
+                sum = routes.iter().map(|route| route.expert.0 as usize).map(|e| probs[e] * factor(e)).sum();
+                mean = routes.iter().zip(slots).map(|(route, &slot)| d_weight(slot) * route.weight).sum();
+            }
+            for (route, &slot) in routes.iter().zip(slots) {
+                let (e, d_weight) = (route.expert.0 as usize, (d_weight(slot) - mean) / sum);
+                d_logits[e] += d_weight * factor(e);
                 d_scale[e] += f64::from(d_weight * probs[e]);
             }
             let dot: f32 = d_logits.iter().zip(probs).map(|(d, p)| d * p).sum();

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use moge_kernels::{Cpu, IGNORED_TARGET, Isa, Precision, Store};
 use moge_model::{
     BLOCK_SIZE, Batch as EngineBatch, BlockId, ExpertId, KvCache, LayerConfig, LoadMode, MlpConfig, Model, ModelConfig,
-    NormPlacement, Router, SequenceRows, StepLimits, StepOutput, TokenId, Workspace as EngineWorkspace,
+    NormPlacement, QuantScheme, Router, SequenceRows, StepLimits, StepOutput, TokenId, Workspace as EngineWorkspace,
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -12,10 +12,19 @@ use serde_json::Value;
 use super::{Batch, LossScales, Losses, MAX_ROWS, TrainMemory, TrainNetwork, Workspace};
 use crate::batch::TokenBatch;
 use crate::checkpoint::load_weights;
+use crate::init::initial_weights;
 use crate::params::Layout;
 
-const CASES: [&str; 6] =
-    ["pangu-pro-moe-k1", "pangu-pro-moe-k2", "plain-top-k", "pangu-embedded-tied", "qwen3", "glm4"];
+const CASES: [&str; 8] = [
+    "pangu-pro-moe-k1",
+    "pangu-pro-moe-k2",
+    "plain-top-k",
+    "pangu-embedded-tied",
+    "qwen3",
+    "qwen3-moe",
+    "glm4",
+    "llama3",
+];
 
 /// A golden case: a network, a batch of packed pieces, and what PyTorch made of them.
 pub(crate) struct Golden {
@@ -162,7 +171,7 @@ fn gradients_of_two_passes_add_up() {
 #[test]
 fn forced_experts_that_are_the_routers_own_change_nothing_and_others_are_taken() {
     let cpu = Cpu::new(Isa::select().unwrap(), 2);
-    for case in ["pangu-pro-moe-k1", "pangu-pro-moe-k2", "plain-top-k"] {
+    for case in ["pangu-pro-moe-k1", "pangu-pro-moe-k2", "plain-top-k", "qwen3-moe"] {
         let golden = Golden::load(case);
         let moe = *golden.config.moe().unwrap();
         let (rows, ids) = golden.batch();
@@ -215,8 +224,7 @@ fn the_memory_of_the_largest_networks_and_batches_is_counted_without_overflow() 
 }
 
 /// Logits of the engine for one piece.
-fn engine_logits(cpu: &Cpu, dir: &Path, tokens: &[u32], activation: Precision) -> Vec<f32> {
-    let model = Model::load(dir, LoadMode::Mmap, &|_, _| ()).unwrap();
+fn engine_logits(cpu: &Cpu, model: &Model, tokens: &[u32], activation: Precision) -> Vec<f32> {
     let num_blocks = tokens.len().div_ceil(BLOCK_SIZE);
     let mut kv_cache = KvCache::new(model.config(), activation.into(), num_blocks);
     let limits = StepLimits {
@@ -248,12 +256,13 @@ fn forward_equals_the_engine_on_the_same_checkpoint() {
         let golden = Golden::load(case);
         let (rows, _) = golden.batch();
         let network = TrainNetwork::new(&golden.config);
+        let model = Model::load(&golden.dir, LoadMode::Mmap, &|_, _| ()).unwrap();
         for (activation, tolerance) in [(Precision::F32, 2e-5), (Precision::Bf16, 5e-2)] {
             let mut work = Workspace::new(&cpu, &golden.config, activation, rows.num_rows(), false);
             let batch = Batch { rows: &rows, forced_experts: None };
             let logits = network.logits(&cpu, &golden.params, batch, &mut work);
             for piece in rows.pieces() {
-                let expected = engine_logits(&cpu, &golden.dir, &rows.tokens[piece.clone()], activation);
+                let expected = engine_logits(&cpu, &model, &rows.tokens[piece.clone()], activation);
                 let vocab = golden.config.vocab_size;
                 let found = &logits[piece.start * vocab..piece.end * vocab];
                 let error = norm(found.iter().zip(&expected).map(|(a, b)| f64::from(a - b)));
@@ -262,4 +271,46 @@ fn forward_equals_the_engine_on_the_same_checkpoint() {
             }
         }
     }
+}
+
+#[test]
+fn experts_between_sandwich_norms_compute_as_in_the_engine_and_have_the_gradient_of_differences() {
+    let cpu = Cpu::new(Isa::select().unwrap(), 2);
+    let mut golden = Golden::load("pangu-pro-moe-k2");
+    golden.config.layers.iter_mut().for_each(|layer| layer.norms = NormPlacement::Sandwich);
+    golden.layout = Layout::new(&golden.config);
+    golden.params = initial_weights(&golden.config, &golden.layout, 3);
+    let (rows, ids) = golden.batch();
+    let vocab = golden.config.vocab_size;
+
+    let model = Model::from_params(&cpu, &golden.config, &golden.params, QuantScheme::default()).unwrap();
+    let network = TrainNetwork::new(&golden.config);
+    let mut work = Workspace::new(&cpu, &golden.config, Precision::F32, rows.num_rows(), false);
+    let logits = network.logits(&cpu, &golden.params, Batch { rows: &rows, forced_experts: None }, &mut work);
+    for piece in rows.pieces() {
+        let expected = engine_logits(&cpu, &model, &rows.tokens[piece.clone()], Precision::F32);
+        let found = &logits[piece.start * vocab..piece.end * vocab];
+        let error = norm(found.iter().zip(&expected).map(|(a, b)| f64::from(a - b)));
+        assert!(error <= 2e-5 * norm(expected.iter().map(|&x| f64::from(x))), "off by {error:e}");
+    }
+
+    // Along its gradient the loss grows by the gradient's length, whatever experts are nearly as good.
+    let scales = golden.scales(&rows);
+    let forced = ids.as_deref();
+    let loss = |golden: &Golden| {
+        let Losses { cross_entropy, routing, .. } = golden.pass(&cpu, Precision::F32, false, forced).0;
+        let [of_tokens, of_load, of_logits] = [scales.cross_entropy, scales.aux, scales.z].map(f64::from);
+        cross_entropy * of_tokens + routing.aux * of_load + routing.z * of_logits
+    };
+    let (_, grads) = golden.pass(&cpu, Precision::F32, false, forced);
+    let length = norm(grads.iter().map(|&g| f64::from(g)));
+    let step = 1e-2 / length;
+    let start = golden.params.clone();
+    let mut at = |distance: f64| {
+        let moved = start.iter().zip(&grads).map(|(p, g)| (f64::from(*p) + distance * f64::from(*g)) as f32);
+        golden.params = moved.collect();
+        loss(&golden)
+    };
+    let slope = (at(step) - at(-step)) / (2.0 * step * length);
+    assert!((slope / length - 1.0).abs() < 5e-3, "slope {slope}, gradient {length}");
 }

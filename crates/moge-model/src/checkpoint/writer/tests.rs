@@ -1,5 +1,8 @@
 use super::*;
+use crate::checkpoint::shards::LINE_BYTES;
+use safetensors::Dtype;
 use safetensors::SafeTensors;
+use std::io;
 
 fn planned(name: &str, dtype: Dtype, shape: &[usize]) -> PlannedTensor {
     PlannedTensor { name: name.to_string(), dtype, shape: shape.to_vec() }

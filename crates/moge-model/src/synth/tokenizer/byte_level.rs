@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::words::joined_pieces;
 
-/// How text is cut before merging: a contraction, letters with one leading mark or space, one digit, marks, white space.
+/// Split of text before merging: a contraction, letters with one leading mark or space, one digit, marks, white space.
 const SPLIT_PATTERN: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
@@ -77,7 +77,7 @@ fn added_token(content: &str, id: usize) -> Value {
         "lstrip": false,
         "rstrip": false,
         "normalized": false,
-        // The marks of thinking stay in decoded text, as in the official files.
+        // The delimiters of thinking are kept in decoded text, as in the official files.
         "special": !["<think>", "</think>"].contains(&content),
     })
 }

@@ -1,6 +1,6 @@
-//! Small tokenizers that fit any vocabulary size, in the files of the official releases.
+//! Small tokenizers of any vocabulary size, in the file formats of the official releases.
 //!
-//! They know the special tokens, every byte, ASCII letters and the Chinese characters of the chat template; the other
+//! They have the special tokens, every byte, ASCII letters and the Chinese characters of the chat template; the other
 //! entries are syllables and words made of them. Every id below the vocabulary size decodes.
 
 mod byte_level;
@@ -61,7 +61,7 @@ pub(super) fn files(architecture: Architecture, vocab_size: usize) -> Vec<(&'sta
     vec![tokenizer, ("tokenizer_config.json", format!("{config:#}\n").into_bytes())]
 }
 
-/// `tokenizer_config.json` of the Pangu kinds. It states no chat template: readers know it.
+/// `tokenizer_config.json` of the Pangu kinds. It has no chat template: the Pangu template is built in.
 fn pangu_tokenizer_config() -> Value {
     json!({
         "add_bos_token": true,

@@ -1,4 +1,4 @@
-//! A `tokenizer.model` with SentencePiece BPE, as the Pangu kinds have it.
+//! A `tokenizer.model` with SentencePiece BPE, as Pangu checkpoints have it.
 
 use super::words::joined_pieces;
 use crate::text::tokenizer::sentencepiece::{ModelProto, NormalizerSpec, Piece, PieceKind, TrainerSpec};
@@ -9,19 +9,19 @@ pub(super) const PAD_ID: usize = 0;
 /// `<s>`.
 pub(super) const BOS_ID: usize = 1;
 
-/// Ends a turn of the chat, and so an answer.
+/// Token that ends a turn of the chat, and so an answer.
 pub(super) const END_OF_TURN: &str = "[unused10]";
 
 /// Id of [`END_OF_TURN`].
 pub(super) const END_OF_TURN_ID: usize = 4;
 
-/// Marks of the chat template, of tool calls and of thinking, after `<unk>`, `<s>` and `</s>`.
+/// Markers of the chat template, of tool calls and of thinking, after `<unk>`, `<s>` and `</s>`.
 const MARKS: [&str; 6] = ["[unused9]", END_OF_TURN, "[unused11]", "[unused12]", "[unused16]", "[unused17]"];
 
 /// The Chinese characters of the chat template.
 const CHINESE: &str = "系统：用户助手工具方法";
 
-/// What stands for a space.
+/// Stands for a space.
 const META_SPACE: char = '\u{2581}';
 
 /// Special pieces, bytes, the space, printing ASCII, Chinese.

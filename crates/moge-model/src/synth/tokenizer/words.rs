@@ -4,7 +4,7 @@ const CONSONANTS: &[u8] = b"bcdfghjklmnpqrstvwxyz";
 const VOWELS: &[u8] = b"aeiou";
 const NUM_SYLLABLES: usize = CONSONANTS.len() * VOWELS.len();
 
-/// A piece and the two earlier pieces that join to it.
+/// A piece as the concatenation of two earlier pieces.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Joined {
     pub(super) left: String,
@@ -17,7 +17,7 @@ impl Joined {
     }
 }
 
-/// Endlessly many different pieces, each joined of two earlier ones or of letters and `space`: first all syllables, then
+/// An infinite sequence of distinct pieces, each joined of two earlier ones or of letters and `space`: first all syllables, then
 /// all words of one syllable, of two, and so on. A word begins with `space`.
 pub(super) fn joined_pieces(space: char) -> impl Iterator<Item = Joined> {
     let syllables = (0..NUM_SYLLABLES).map(|index| {

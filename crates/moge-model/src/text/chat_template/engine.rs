@@ -1,7 +1,7 @@
-//! Jinja set up as `transformers` does it, for templates from strangers.
+//! Jinja configured as `transformers` does, for templates that are not trusted.
 //!
-//! Fuel pays for what a template does. Where the engine would pay too late, or use the stack without a limit, there is
-//! something of ours instead.
+//! Fuel bounds the work of a template. Functions of the engine that consume fuel too late, or use the stack without a
+//! limit, are replaced here.
 
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
@@ -12,9 +12,11 @@ use minijinja::{AutoEscape, Environment, ErrorKind, Output, State};
 use serde_json::Value;
 use thiserror::Error;
 
-use super::{ChatTemplateError, namespace, rewrite, strftime, tojson};
+use super::error::ChatTemplateError;
+use super::limits::{BYTES_PER_FUEL, MAX_DEPTH};
+use super::{namespace, rewrite, strftime, tojson};
 
-/// The longest template taken, in bytes; known ones have less than 20 000.
+/// Maximum length of a template, in bytes; known ones have less than 20 000.
 const MAX_TEMPLATE_BYTES: usize = 128 << 10;
 
 /// Stack for templates: the engine recurses over expressions, at most once per byte of a template, and takes less than
@@ -24,16 +26,10 @@ const STACK_BYTES: usize = 256 << 20;
 /// Time for one template; a usual one takes milliseconds.
 pub(super) const MAX_TIME: Duration = Duration::from_secs(10);
 
-/// Bytes of text that cost as much as one step, the rate of the template engine.
-pub(super) const BYTES_PER_FUEL: usize = 64;
-
-/// Values nested deeper are refused, as each level is a call on the stack; what a client sends is at most 128 deep.
-pub(super) const MAX_DEPTH: usize = 200;
-
-/// How deep macros and includes may call one another; each level takes some KB of stack.
+/// Maximum depth of calls of macros and includes; each level takes a few KB of stack.
 const MAX_RECURSION: usize = 100;
 
-/// Jinja as `transformers` sets it up, with these templates in it.
+/// Jinja as `transformers` configures it, with these templates.
 pub(super) fn environment(
     file: &str,
     sources: Vec<(String, String)>,
@@ -69,7 +65,7 @@ fn syntax_error(file: &str, error: &minijinja::Error) -> ChatTemplateError {
     ChatTemplateError::Syntax { file: file.to_owned(), line: error.line().unwrap_or(0), problem: describe(error) }
 }
 
-/// What `raise_exception` was called with.
+/// The argument of `raise_exception`.
 #[derive(Debug, Error)]
 #[error("{0}")]
 pub(super) struct Raised(pub(super) String);
@@ -86,7 +82,7 @@ fn call_method(
     method: &str,
     args: &[JinjaValue],
 ) -> Result<JinjaValue, minijinja::Error> {
-    // These two make their result before they pay for it.
+    // These two build their result before they consume fuel for it.
     match (method, value.as_str(), args.first()) {
         ("join", Some(_), Some(items)) => charge_for_text(state, items, 0)?,
         ("format", Some(format), _) => {
@@ -123,8 +119,8 @@ fn join(
     minijinja::filters::join(state, value, joiner, attribute, kwargs)
 }
 
-/// Pay for the text of a list or mapping before it is made: one that holds another many times is small in memory and
-/// huge as text, and the engine itself asks for fuel only afterwards.
+/// Consume fuel for the text of a list or mapping before it is built: one that holds another many times is small in
+/// memory and huge as text, and the engine itself consumes fuel only afterwards.
 fn charge_for_text(state: &State, value: &JinjaValue, depth: usize) -> Result<(), minijinja::Error> {
     if depth > MAX_DEPTH {
         let problem = format!("a value is nested deeper than {MAX_DEPTH}");
@@ -148,8 +144,8 @@ fn charge_for_text(state: &State, value: &JinjaValue, depth: usize) -> Result<()
     state.consume_fuel(1 + (value.as_str().map_or(0, str::len) / BYTES_PER_FUEL) as u64)
 }
 
-/// Run a stranger's template: on a stack that the deepest expression of the longest template fits on, and not for ever.
-/// What does not end in time is left to end by itself, as it will: fuel and the template's length bound it too.
+/// Run a template that is not trusted, on a stack large enough for the deepest expression of the longest template, and
+/// for a limited time. A template that exceeds it keeps its thread until fuel or its length end it.
 pub(super) fn run_bounded<T: Send + 'static>(
     file: &str,
     work: impl FnOnce() -> T + Send + 'static,
@@ -157,7 +153,7 @@ pub(super) fn run_bounded<T: Send + 'static>(
     let (sender, receiver) = mpsc::channel();
     let thread = std::thread::Builder::new().name("chat template".into()).stack_size(STACK_BYTES);
     let work = move || {
-        // Nobody receives what comes too late.
+        // The receiver is gone if the result comes too late.
         let _ = sender.send(work());
     };
     let file = file.to_owned();
@@ -170,7 +166,7 @@ pub(super) fn run_bounded<T: Send + 'static>(
     })
 }
 
-/// The same value for the template engine; keys stay in order.
+/// The same value for the template engine; the order of keys is kept.
 pub(super) fn jinja_value(value: &Value) -> JinjaValue {
     match value {
         Value::Null => JinjaValue::from(()),
@@ -188,7 +184,7 @@ pub(super) fn jinja_value(value: &Value) -> JinjaValue {
     }
 }
 
-/// An error of the template engine without its place, which is told apart.
+/// An error of the template engine without its line, which is reported separately.
 pub(super) fn describe(error: &minijinja::Error) -> String {
     match error.detail() {
         Some(detail) => format!("{}: {detail}", error.kind()),

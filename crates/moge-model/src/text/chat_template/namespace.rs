@@ -1,4 +1,4 @@
-//! `namespace()`, the one value of a template that outlives a turn of a loop.
+//! `namespace()`, the only value of a template that outlives an iteration of a loop.
 //!
 //! The engine's own would hold anything, itself included, so that a loop could nest values without end; printing,
 //! comparing or dropping them then overflows the stack, which ends the process. Ours holds plain data of limited depth.
@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use minijinja::value::{Enumerator, Kwargs, Object, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 
-use super::engine::MAX_DEPTH;
+use super::limits::MAX_DEPTH;
 
 /// Items that are copied for one unit of fuel, which pays for 64 bytes.
 const ITEMS_PER_FUEL: u64 = 2;
@@ -25,7 +25,7 @@ struct Namespace {
 
 impl Namespace {
     fn values(&self) -> MutexGuard<'_, BTreeMap<String, Value>> {
-        // The map is whole between any two calls, whoever panicked.
+        // Each call leaves the map consistent, so a panic elsewhere does not matter.
         self.values.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -67,7 +67,7 @@ pub(super) fn assign(state: &State, namespace: &Value, name: String, value: &Val
     Ok(())
 }
 
-/// A copy that is data through and through.
+/// A copy that holds nothing but data.
 fn plain_data(state: &State, value: &Value) -> Result<Value, Error> {
     let mut num_items = 0;
     let copy = copy_data(state, value, 0, &mut num_items)?;

@@ -1,9 +1,9 @@
-//! Tags that the template engine does not know, written in terms that it does.
+//! Rewrites tags that the template engine does not know to ones that it does.
 
 use super::namespace::ASSIGN;
 
-/// Write what the engine does not know in terms that it does: `{% generation %}`, which marks the assistant's text for
-/// training and prints its content, as `{% with %}`, which like it has a scope of its own; and assignments to namespaces.
+/// Rewrite the tags that the engine does not know: `{% generation %}`, which marks the assistant's text for
+/// training and prints its content, to `{% with %}`, which also opens a scope; and assignments to namespaces.
 pub(super) fn rewrite_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -29,9 +29,8 @@ pub(super) fn rewrite_tags(source: &str) -> String {
     out
 }
 
-/// Write `set ns.name = value`, what stands inside a tag, as an assignment that the engine can make; `None` if it is
-/// something else. `tag` begins after `{%` and its white space control; returned beside the new text is how long the
-/// old one is.
+/// Rewrite the code `set ns.name = value` of a tag to a call of [`ASSIGN`]; `None` for other code. `tag` begins after
+/// `{%` and its white space control. Returns the new text and the length of the old one.
 fn rewrite_assignment(tag: &str) -> Option<(String, usize)> {
     let target = tag.trim_start().strip_prefix("set")?.strip_prefix(char::is_whitespace)?;
     let (target, value) = target.split_once('=')?;
@@ -45,7 +44,7 @@ fn rewrite_assignment(tag: &str) -> Option<(String, usize)> {
     Some((format!(" set __ = {ASSIGN}({object}, '{name}', ({value})) "), old_len))
 }
 
-/// Where the code before `%}`, `-%}` or `+%}` ends.
+/// End of the code before `%}`, `-%}` or `+%}`.
 fn tag_end(code: &str) -> Option<usize> {
     let mut quote = None;
     let mut bytes = code.bytes().enumerate();

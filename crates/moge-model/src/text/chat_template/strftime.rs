@@ -1,4 +1,4 @@
-//! `strftime` for chat templates that tell the model what day it is. Times are UTC.
+//! `strftime` for chat templates that state the date. Times are UTC.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -23,12 +23,12 @@ const SECONDS_PER_DAY: u64 = 86_400;
 
 /// `strftime_now(format)`: the time of the call.
 pub(super) fn strftime_now(format: &str) -> Result<String, Error> {
-    // A clock before 1970 is set wrong; the epoch is as good as what it says.
+    // A clock before 1970 is wrong; take the epoch.
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     strftime(format, seconds)
 }
 
-/// `seconds` since 1970, written as `format` says.
+/// Format a time in seconds since 1970.
 fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
     let (days, second_of_day) = (seconds / SECONDS_PER_DAY, seconds % SECONDS_PER_DAY);
     let date = Date::from_days(days);
@@ -84,9 +84,9 @@ struct Date {
 }
 
 impl Date {
-    /// The date so many days after 1970-01-01.
+    /// The date `days` after 1970-01-01.
     fn from_days(days: u64) -> Self {
-        // The calendar repeats every 400 years; what is left is walked year by year and month by month.
+        // The calendar repeats every 400 years; the rest is counted year by year and month by month.
         const DAYS_PER_400_YEARS: u64 = 146_097;
         let mut year = 1970 + days / DAYS_PER_400_YEARS * 400;
         let mut left = days % DAYS_PER_400_YEARS;

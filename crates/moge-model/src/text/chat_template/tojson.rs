@@ -1,14 +1,14 @@
-//! The `tojson` filter as chat templates mean it: Python's `json.dumps` with `ensure_ascii=False`, nothing escaped for
-//! HTML, keys in the order of the input.
+//! The `tojson` filter of `transformers`: Python's `json.dumps` with `ensure_ascii=False`, no escapes for HTML, keys in
+//! the order of the input.
 
 use std::fmt::Write;
 
 use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 
-use super::engine::{BYTES_PER_FUEL, MAX_DEPTH};
+use super::limits::{BYTES_PER_FUEL, MAX_DEPTH};
 
-/// An indent wider than this has no use but to make the output huge.
+/// Maximum indent; a wider one only makes the output huge.
 const MAX_INDENT: usize = 64;
 
 /// `value | tojson(ensure_ascii=false, indent=none, separators=none, sort_keys=false)`.
@@ -22,7 +22,7 @@ pub(super) fn tojson(state: &State, value: &Value, args: Rest<Value>, kwargs: Kw
 
 struct Style {
     ensure_ascii: bool,
-    /// What one level adds to the start of a line; none keeps everything on one line.
+    /// Indentation of one level; `None` writes everything on one line.
     indent: Option<String>,
     item_separator: String,
     key_separator: String,
@@ -156,14 +156,14 @@ impl Writer<'_, '_> {
         self.push(&line)
     }
 
-    /// Append text that the template chooses the length of.
+    /// Append text whose length the template controls.
     fn push(&mut self, text: &str) -> Result<(), Error> {
         self.state.consume_fuel((text.len() / BYTES_PER_FUEL) as u64)?;
         self.out.push_str(text);
         Ok(())
     }
 
-    /// JSON has only string keys; Python writes those that it can as their JSON text.
+    /// JSON has only string keys; Python writes null, booleans and numbers as their JSON text.
     fn key(&mut self, key: &Value) -> Result<(), Error> {
         match key.kind() {
             ValueKind::String => self.string(key.as_str().unwrap_or_default()),

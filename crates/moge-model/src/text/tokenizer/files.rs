@@ -1,10 +1,10 @@
-//! The small JSON files that lie beside a tokenizer: names of special tokens, flags, ids.
+//! The small JSON files beside a tokenizer: names of special tokens, flags, ids.
 
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::TokenizerError;
+use super::error::{TokenizerError, field_error};
 use crate::TokenId;
 use crate::checkpoint::files;
 
@@ -12,38 +12,38 @@ use crate::checkpoint::files;
 const NAMED_TOKENS: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"];
 
-/// What `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` say.
+/// The fields of `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`.
 #[derive(Default)]
 pub(crate) struct TokenizerFiles {
-    /// `tokenizer_config.json`'s path, for messages.
+    /// Path of `tokenizer_config.json`, for messages.
     pub(crate) file: String,
-    /// Field to text, in the order of [`NAMED_TOKENS`]; only what is stated.
+    /// Field and text, in the order of [`NAMED_TOKENS`]; only fields that are present.
     pub(crate) named: Vec<(&'static str, String)>,
-    /// Every token that text is split at; an id where a file states one.
+    /// All tokens that text is split at, with the id if a file states one.
     pub(crate) added: Vec<AddedToken>,
     /// `additional_special_tokens`, in the file's order.
     pub(crate) additional: Vec<String>,
-    /// Whether a prompt begins with the BOS token, if stated.
+    /// True if a prompt begins with the BOS token; `None` if not stated.
     pub(crate) add_bos_token: Option<bool>,
-    /// Whether a prompt ends with the EOS token.
+    /// True if a prompt ends with the EOS token.
     pub(crate) add_eos_token: bool,
-    /// `chat_template` as it stands.
+    /// `chat_template`, not interpreted.
     pub(crate) chat_template: Option<Value>,
 }
 
-/// A token that is matched in the text before the tokenizer's model sees it.
+/// A token that the text is split at before the tokenizer's model encodes it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct AddedToken {
     pub(crate) text: String,
     pub(crate) id: Option<TokenId>,
-    /// The token takes the white space before it with it.
+    /// White space before the token belongs to it.
     pub(crate) lstrip: bool,
-    /// The token takes the white space after it with it.
+    /// White space after the token belongs to it.
     pub(crate) rstrip: bool,
 }
 
 impl TokenizerFiles {
-    /// Read what is there; a missing file says nothing.
+    /// Read the files that exist.
     pub(crate) fn load(dir: &Path) -> Result<Self, TokenizerError> {
         let path = dir.join("tokenizer_config.json");
         let config = read_object(&path)?.unwrap_or_default();
@@ -84,7 +84,7 @@ impl TokenizerFiles {
         };
         for (key, value) in entries {
             let field = format!("{name}.{key}");
-            let id = key.parse().map_err(|_| field_error(&self.file, &field, "the key is no token id".into()))?;
+            let id = key.parse().map_err(|_| field_error(&self.file, &field, "the key is not a token id".into()))?;
             let token = added_token(&self.file, &field, value)?;
             self.add(AddedToken { id: Some(TokenId(id)), ..token });
         }
@@ -97,7 +97,7 @@ impl TokenizerFiles {
             let id = value
                 .as_u64()
                 .and_then(|id| u32::try_from(id).ok())
-                .ok_or_else(|| field_error(&path.display().to_string(), &text, format!("{value} is no token id")))?;
+                .ok_or_else(|| field_error(&path.display().to_string(), &text, format!("{value} is not a token id")))?;
             self.add(AddedToken { text, id: Some(TokenId(id)), ..AddedToken::default() });
         }
         Ok(())
@@ -130,7 +130,7 @@ impl TokenizerFiles {
         Ok(())
     }
 
-    /// Keep a token once; the first file that describes it decides.
+    /// Add a token unless it is known; the first file that describes it decides.
     fn add(&mut self, token: AddedToken) {
         if !self.added.iter().any(|known| known.text == token.text) {
             self.added.push(token);
@@ -156,10 +156,6 @@ fn added_token(file: &str, field: &str, value: &Value) -> Result<AddedToken, Tok
         return Err(field_error(file, field, "`single_word`: true is not supported".into()));
     }
     Ok(AddedToken { text: text.clone(), id: None, lstrip: flag("lstrip"), rstrip: flag("rstrip") })
-}
-
-pub(crate) fn field_error(file: &str, field: &str, problem: String) -> TokenizerError {
-    TokenizerError::Field { file: file.to_owned(), field: field.to_owned(), problem }
 }
 
 /// Read a JSON object; `None` if there is no such file.

@@ -1,107 +1,44 @@
 //! Text to token ids and back.
 //!
-//! A checkpoint ships either `tokenizer.json` (byte-level BPE: Qwen3, GLM-4) or `tokenizer.model` (SentencePiece:
-//! Pangu). Beside a SentencePiece model the JSON files name the special tokens: text is split at those first and
-//! each run between them goes to the model by itself; decoding treats runs of ordinary pieces the same way and
-//! writes special tokens as they stand.
+//! A checkpoint ships either `tokenizer.json` (BPE: Qwen3, GLM-4, Llama) or `tokenizer.model` (SentencePiece: Pangu).
+//! Beside a SentencePiece model the JSON files name the special tokens: text is split at those first, and each run
+//! between them is encoded separately; decoding treats runs of ordinary pieces the same way and writes special tokens
+//! as they stand.
 
-mod byte_level;
-mod detokenizer;
+pub(crate) mod detokenizer;
+pub(crate) mod error;
 pub(crate) mod files;
+mod json_bpe;
 pub mod sentencepiece;
 mod special_tokens;
-mod stop_strings;
+pub(crate) mod stop_strings;
+mod utf8;
 
 use std::path::Path;
 
-use thiserror::Error;
-
-pub use detokenizer::Detokenizer;
-pub use sentencepiece::SentencePieceError;
-pub use stop_strings::StopStrings;
-
 use crate::{GenerationDefaults, TokenId};
-use byte_level::ByteLevelBpe;
-use detokenizer::{InvalidUtf8, decode_utf8};
-use files::{AddedToken, TokenizerFiles, field_error, read_optional};
-use sentencepiece::{SentencePiece, TextStart};
-use special_tokens::{Segment, SpecialTokens};
+use error::{TokenizerError, field_error};
+use files::{AddedToken, TokenizerFiles, read_optional};
+use json_bpe::{JsonBpe, Spelling};
+use sentencepiece::{PieceKind, SentencePiece, TextStart};
+use special_tokens::{Segment, SpecialTokens, is_bracketed};
+use utf8::{InvalidUtf8, decode_utf8};
 
-/// Ids of added tokens above this are taken for damage.
+/// Largest id of an added token that is accepted.
 const MAX_ADDED_ID: u32 = 1 << 24;
 
-/// Whether the tokens that every prompt starts with are wanted.
+/// The tokens that every prompt starts with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Prefix {
-    /// Put them first, unless the ids already begin with them.
+    /// Add them, unless the ids already begin with them.
     Add,
-    /// Leave the text's ids alone.
+    /// Do not add them.
     Omit,
-}
-
-/// Why a tokenizer cannot be loaded or used.
-#[derive(Debug, Error)]
-pub enum TokenizerError {
-    /// The directory holds no tokenizer.
-    #[error("{dir}: there is neither tokenizer.json nor tokenizer.model")]
-    Missing {
-        /// The directory.
-        dir: String,
-    },
-    /// A file cannot be read.
-    #[error("{file}: {source}")]
-    Read {
-        /// The file's path.
-        file: String,
-        /// What the system says.
-        source: std::io::Error,
-    },
-    /// A file is not what its name says.
-    #[error("{file}: {problem}")]
-    Invalid {
-        /// The file's path.
-        file: String,
-        /// What was found.
-        problem: String,
-    },
-    /// A field is wrong, or asks for something that is not implemented.
-    #[error("{file}: {field}: {problem}")]
-    Field {
-        /// The file's path.
-        file: String,
-        /// The field's name.
-        field: String,
-        /// What was found and what is allowed.
-        problem: String,
-    },
-    /// `tokenizer.model` is refused.
-    #[error(transparent)]
-    SentencePiece(#[from] SentencePieceError),
-    /// The tokenizer has tokens that the model has no embedding for.
-    #[error("{file}: token {piece:?} has id {id}; allowed: below the model's vocab_size {vocab_size}", id = id.0)]
-    DoesNotFit {
-        /// The tokenizer's file.
-        file: String,
-        /// The first token that does not fit.
-        id: TokenId,
-        /// Its text in the vocabulary.
-        piece: String,
-        /// Entries of the model's vocabulary.
-        vocab_size: usize,
-    },
-    /// The tokenizer gives up on a text.
-    #[error("{file}: the text cannot be encoded: {problem}")]
-    Encode {
-        /// The tokenizer's file.
-        file: String,
-        /// What it says.
-        problem: String,
-    },
 }
 
 /// A checkpoint's tokenizer.
 pub struct Tokenizer {
-    /// The path that messages name.
+    /// Path of the tokenizer, for messages.
     file: String,
     vocabulary: Vocabulary,
     prefix: Vec<TokenId>,
@@ -110,7 +47,7 @@ pub struct Tokenizer {
 }
 
 enum Vocabulary {
-    ByteLevel(Box<ByteLevelBpe>),
+    Json(Box<JsonBpe>),
     SentencePiece { model: Box<SentencePiece>, special: Box<SpecialTokens> },
 }
 
@@ -118,7 +55,7 @@ impl Tokenizer {
     /// Read `tokenizer.json`, or else `tokenizer.model`, and the JSON files beside it.
     ///
     /// # Errors
-    /// If neither is there, or one of the files is damaged or asks for something that is not implemented.
+    /// If neither is there, or one of the files is not valid or asks for a feature that is not implemented.
     pub fn load(dir: &Path) -> Result<Self, TokenizerError> {
         let files = TokenizerFiles::load(dir)?;
         let json = dir.join("tokenizer.json");
@@ -133,11 +70,11 @@ impl Tokenizer {
     }
 
     fn from_json(bytes: &[u8], file: &str, files: &TokenizerFiles) -> Result<Self, TokenizerError> {
-        let bpe = ByteLevelBpe::from_bytes(bytes, file)?;
+        let bpe = JsonBpe::from_bytes(bytes, file)?;
         let id_of = |field| named_id(files, field, |text| bpe.id_of(text));
         let (bos_id, eos_id) = (id_of("bos_token")?, id_of("eos_token")?);
         let prefix = bpe.prefix().to_vec();
-        Ok(Self { file: file.to_owned(), vocabulary: Vocabulary::ByteLevel(Box::new(bpe)), prefix, bos_id, eos_id })
+        Ok(Self { file: file.to_owned(), vocabulary: Vocabulary::Json(Box::new(bpe)), prefix, bos_id, eos_id })
     }
 
     fn from_sentencepiece(bytes: &[u8], file: &str, files: &TokenizerFiles) -> Result<Self, TokenizerError> {
@@ -163,13 +100,13 @@ impl Tokenizer {
         Ok(Self { file: file.to_owned(), vocabulary, prefix, bos_id, eos_id })
     }
 
-    /// Token ids of a text. Special tokens are recognised in it wherever they stand.
+    /// Token ids of a text. Special tokens in the text are recognised.
     ///
     /// # Errors
     /// If a `tokenizer.json` cannot express the text (it lacks the token for a byte).
     pub fn encode(&self, text: &str, prefix: Prefix) -> Result<Vec<TokenId>, TokenizerError> {
         let mut ids = match &self.vocabulary {
-            Vocabulary::ByteLevel(bpe) => bpe.encode(text)?,
+            Vocabulary::Json(bpe) => bpe.encode(text)?,
             Vocabulary::SentencePiece { model, special } => {
                 let mut ids = Vec::new();
                 for segment in special.split(text) {
@@ -187,13 +124,13 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// Tokens that every prompt starts with: BOS for Pangu, `[gMASK]<sop>` for GLM-4, none for Qwen3.
+    /// Tokens that every prompt starts with: BOS for Pangu, `[gMASK]<sop>` for GLM-4, `<s>` for Llama 2, none for Qwen3.
     pub fn prefix(&self) -> &[TokenId] {
         &self.prefix
     }
 
-    /// Text of token ids. Special tokens are written as they stand, ids without a token as nothing, and bytes that
-    /// are no UTF-8 as U+FFFD.
+    /// Text of token ids. Special tokens are written verbatim, ids without a token are skipped, and bytes that are not
+    /// UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[TokenId]) -> String {
         let (mut bytes, mut run) = (Vec::new(), Run::default());
         for &id in ids {
@@ -205,32 +142,39 @@ impl Tokenizer {
         text
     }
 
-    /// Text of one token as it would be inside a text: a leading space stays, a part of a character is U+FFFD.
+    /// Text of one token inside a text: a leading space is kept, a part of a character becomes U+FFFD.
     pub fn token_text(&self, id: TokenId) -> String {
         String::from_utf8_lossy(&self.token_bytes(id)).into_owned()
     }
 
-    /// Bytes of one token as it would be inside a text: a leading space stays. None if there is no such id.
+    /// Bytes of one token inside a text: a leading space is kept. Empty if the id does not exist.
     pub fn token_bytes(&self, id: TokenId) -> Vec<u8> {
         let mut bytes = Vec::new();
         self.append_bytes(id, &mut Some(TextStart::Passed), &mut bytes);
         bytes
     }
 
-    /// True for a token that stands for itself and never for a part of a text: those that the files beside a
-    /// SentencePiece model list, its control and unknown pieces, added tokens that are called special, and all that
-    /// are written in brackets, such as `<think>` and `[unused16]`.
+    /// True for a token that never stands for a part of a text: those that the files beside a SentencePiece model list,
+    /// its control and unknown pieces, added tokens marked as special, and those in brackets, such as `<think>` and
+    /// `[unused16]`.
     pub fn is_special(&self, id: TokenId) -> bool {
         match &self.vocabulary {
-            Vocabulary::ByteLevel(bpe) => bpe.is_special(id),
-            Vocabulary::SentencePiece { model, special } => special.text(id).is_some() || model.is_special(id),
+            Vocabulary::Json(bpe) => bpe.is_special(id),
+            Vocabulary::SentencePiece { model, special } => {
+                special.text(id).is_some()
+                    || match model.kind(id) {
+                        Some(PieceKind::Control | PieceKind::Unknown) => true,
+                        Some(PieceKind::UserDefined) => model.piece(id).is_some_and(is_bracketed),
+                        Some(PieceKind::Normal | PieceKind::Unused | PieceKind::Byte(_)) | None => false,
+                    }
+            }
         }
     }
 
-    /// A token as the vocabulary spells it (`▁word`, `Ġword`, `<0x0A>`); empty if there is no such id.
+    /// A token as the vocabulary spells it (`▁word`, `Ġword`, `<0x0A>`); empty if the id does not exist.
     pub fn piece(&self, id: TokenId) -> String {
         match &self.vocabulary {
-            Vocabulary::ByteLevel(bpe) => bpe.piece(id).unwrap_or_default(),
+            Vocabulary::Json(bpe) => bpe.piece(id).unwrap_or_default(),
             Vocabulary::SentencePiece { model, special } => {
                 special.text(id).or_else(|| model.piece(id)).unwrap_or_default().to_owned()
             }
@@ -240,7 +184,7 @@ impl Tokenizer {
     /// The id of a token as the vocabulary spells it.
     pub fn id_of(&self, piece: &str) -> Option<TokenId> {
         match &self.vocabulary {
-            Vocabulary::ByteLevel(bpe) => bpe.id_of(piece),
+            Vocabulary::Json(bpe) => bpe.id_of(piece),
             Vocabulary::SentencePiece { model, special } => special.id_of(piece).or_else(|| model.id_of(piece)),
         }
     }
@@ -248,7 +192,7 @@ impl Tokenizer {
     /// One more than the largest id, special tokens included.
     pub fn vocab_size(&self) -> usize {
         match &self.vocabulary {
-            Vocabulary::ByteLevel(bpe) => bpe.vocab_size(),
+            Vocabulary::Json(bpe) => bpe.vocab_size(),
             Vocabulary::SentencePiece { model, special } => {
                 let beyond = special.ids().map(|id| id.0 as usize + 1).max().unwrap_or(0);
                 beyond.max(model.vocab_size())
@@ -256,13 +200,13 @@ impl Tokenizer {
         }
     }
 
-    /// The token that the files name as beginning of a sequence.
+    /// The BOS token, if the files name one.
     pub fn bos_id(&self) -> Option<TokenId> {
         self.bos_id
     }
 
-    /// Check that the model has an embedding for every token. A model with more embeddings than tokens is fine:
-    /// many are padded, and what has no token decodes to nothing.
+    /// Check that the model has an embedding for every token. A model may have more embeddings than tokens: many are
+    /// padded, and an id without a token decodes to nothing.
     ///
     /// # Errors
     /// [`TokenizerError::DoesNotFit`], naming the first token beyond the model's vocabulary.
@@ -281,7 +225,7 @@ impl Tokenizer {
     /// Append the bytes of one token to those before it.
     fn append_bytes(&self, id: TokenId, run: &mut Run, bytes: &mut Vec<u8>) {
         match &self.vocabulary {
-            Vocabulary::ByteLevel(bpe) => bytes.extend(bpe.token_bytes(id)),
+            Vocabulary::Json(bpe) => bpe.push_token(id, run.get_or_insert_with(|| bpe.text_start()), bytes),
             Vocabulary::SentencePiece { model, special } => match special.text(id) {
                 Some(text) => {
                     bytes.extend(text.as_bytes());
@@ -292,11 +236,11 @@ impl Tokenizer {
         }
     }
 
-    /// How many U+FFFD stand for broken UTF-8: the two libraries differ, and so must we.
+    /// How many U+FFFD stand for bytes that are not UTF-8, as in the library that each kind of vocabulary comes from.
     fn invalid_utf8(&self) -> InvalidUtf8 {
-        match self.vocabulary {
-            Vocabulary::ByteLevel(_) => InvalidUtf8::OnePerSequence,
-            Vocabulary::SentencePiece { .. } => InvalidUtf8::OnePerByte,
+        match &self.vocabulary {
+            Vocabulary::Json(bpe) if bpe.spelling() == Spelling::ByteLevel => InvalidUtf8::OnePerSequence,
+            Vocabulary::Json(_) | Vocabulary::SentencePiece { .. } => InvalidUtf8::OnePerByte,
         }
     }
 }
@@ -315,13 +259,7 @@ pub fn eos_token_ids(config: &[u32], generation: &GenerationDefaults, tokenizer:
     ids
 }
 
-/// True for a text in brackets, as markers are written that are ordinary entries of their vocabulary.
-fn is_bracketed(text: &str) -> bool {
-    let inside = |open, close| text.strip_prefix(open).and_then(|text| text.strip_suffix(close));
-    inside('<', '>').or(inside('[', ']')).is_some_and(|name| !name.is_empty())
-}
-
-/// Where a decode stands in a run of ordinary SentencePiece pieces; `None` between runs.
+/// State of decoding within a run of ordinary pieces; `None` between runs.
 type Run = Option<TextStart>;
 
 /// Give every listed special token the id that its file or else the model states.

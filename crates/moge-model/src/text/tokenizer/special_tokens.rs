@@ -1,4 +1,4 @@
-//! Special tokens around a SentencePiece model: they are found in the text before the model sees it.
+//! Special tokens of a SentencePiece tokenizer: the text is split at them before the model encodes it.
 
 use std::collections::HashMap;
 
@@ -9,9 +9,9 @@ use crate::TokenId;
 pub(super) struct SpecialTokens {
     by_text: HashMap<String, Special>,
     by_id: HashMap<TokenId, String>,
-    /// Lengths in bytes that occur, longest first.
+    /// Lengths of the texts in bytes, longest first.
     lengths: Vec<usize>,
-    /// Whether some special token starts with this byte.
+    /// True for bytes that a special token starts with.
     first_bytes: [bool; 256],
 }
 
@@ -63,7 +63,7 @@ impl SpecialTokens {
         self.by_id.keys().copied()
     }
 
-    /// Cut a text at its special tokens: the leftmost first, of those that begin together the longest.
+    /// Split a text at its special tokens: the leftmost first, and the longest of those that begin at one place.
     pub(super) fn split<'a>(&self, text: &'a str) -> Vec<Segment<'a>> {
         let mut segments = Vec::new();
         let push_text = |segments: &mut Vec<Segment<'a>>, text: &'a str| {
@@ -90,7 +90,7 @@ impl SpecialTokens {
         segments
     }
 
-    /// The longest special token that begins at byte `at`, which need not be a character's first.
+    /// The longest special token that begins at byte `at`, which need not be the first of a character.
     fn match_at(&self, text: &str, at: usize) -> Option<(usize, Special)> {
         if !self.first_bytes[usize::from(text.as_bytes()[at])] {
             return None;
@@ -100,6 +100,12 @@ impl SpecialTokens {
             self.by_text.get(candidate).map(|&special| (length, special))
         })
     }
+}
+
+/// True for a text in brackets: the form of markers that are ordinary entries of their vocabulary.
+pub(super) fn is_bracketed(text: &str) -> bool {
+    let inside = |open, close| text.strip_prefix(open).and_then(|text| text.strip_suffix(close));
+    inside('<', '>').or(inside('[', ']')).is_some_and(|name| !name.is_empty())
 }
 
 #[cfg(test)]

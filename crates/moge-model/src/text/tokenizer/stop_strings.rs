@@ -1,13 +1,13 @@
-//! Strings that end a generation, found while the text arrives in pieces.
+//! Strings that end a generation, found while the text arrives in parts.
 
 /// Cuts a stream of text before the first stop string.
 ///
-/// Text that may yet turn out to begin a stop string is held back. Which stop string is first depends on the text
-/// alone, not on how it arrives: the one that is complete first, and of those that are complete together the longest.
+/// Text that may be the start of a stop string is held back. The first stop string depends on the text alone, not on its
+/// parts: the one that ends first, and the longest of those that end at one place.
 #[derive(Clone, Debug)]
 pub struct StopStrings {
     matchers: Vec<Matcher>,
-    /// Text that is not given out yet: the longest start of a stop string that the text ends with.
+    /// Text that is held back: the longest start of a stop string that the text ends with.
     held: String,
     hit: bool,
 }
@@ -19,7 +19,7 @@ impl StopStrings {
         Self { matchers, held: String::new(), hit: false }
     }
 
-    /// Take more text; returns what can be given out. After a stop string that is always nothing.
+    /// Take more text; returns the text that is certain. After a stop string it is always empty.
     pub fn push(&mut self, text: &str) -> String {
         if self.hit {
             return String::new();
@@ -44,12 +44,12 @@ impl StopStrings {
         std::mem::replace(&mut self.held, held)
     }
 
-    /// Whether a stop string was found.
+    /// True if a stop string was found.
     pub fn hit(&self) -> bool {
         self.hit
     }
 
-    /// End the text; returns what was held back in vain.
+    /// End the text; returns the text that was held back.
     pub fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
@@ -59,7 +59,7 @@ impl StopStrings {
 #[derive(Clone, Debug)]
 struct Matcher {
     stop: Vec<u8>,
-    /// For each number of matched bytes, less one: how many are matched if the next byte differs.
+    /// Failure function: for `i + 1` matched bytes, the number that stays matched if the next byte differs.
     fallback: Vec<usize>,
     /// The longest start of `stop` that the text ends with.
     num_matched: usize,

@@ -5,7 +5,8 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::sentencepiece::{ModelProto, NormalizerSpec, Piece, PieceKind, TrainerSpec};
+use super::detokenizer::Detokenizer;
+use super::sentencepiece::{ModelProto, NormalizerSpec, Piece, TrainerSpec};
 use super::*;
 use crate::{Architecture, thinking_tokens};
 
@@ -13,11 +14,8 @@ fn golden_dir(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../goldens/tokenizer_json").join(name)
 }
 
-fn golden_tokenizers() -> [(PathBuf, Tokenizer); 2] {
-    ["qwen3", "glm4"].map(golden_dir).map(|dir| {
-        let tokenizer = Tokenizer::load(&dir).unwrap();
-        (dir, tokenizer)
-    })
+fn golden_tokenizer(name: &str) -> Tokenizer {
+    Tokenizer::load(&golden_dir(name)).unwrap()
 }
 
 fn ids(value: &Value) -> Vec<TokenId> {
@@ -88,25 +86,40 @@ fn stream(tokenizer: &Tokenizer, ids: &[TokenId]) -> String {
 
 #[test]
 fn tokenizer_json_encodes_and_decodes_as_its_library_does() {
-    for (dir, tokenizer) in golden_tokenizers() {
-        let cases: Value = serde_json::from_slice(&std::fs::read(dir.join("cases.json")).unwrap()).unwrap();
+    for name in ["qwen3", "glm4", "smollm2", "llama2"] {
+        let tokenizer = golden_tokenizer(name);
+        let cases: Value =
+            serde_json::from_slice(&std::fs::read(golden_dir(name).join("cases.json")).unwrap()).unwrap();
         assert_eq!(tokenizer.prefix(), ids(&cases["prefix"]));
         for case in cases["encode"].as_array().unwrap() {
             let text = case[0].as_str().unwrap();
             let expected = ids(&case[1]);
-            assert_eq!(tokenizer.encode(text, Prefix::Omit).unwrap(), expected, "{dir:?} {text:?}");
-            assert_eq!(tokenizer.decode(&expected), case[2].as_str().unwrap(), "{dir:?} {text:?}");
+            assert_eq!(tokenizer.encode(text, Prefix::Omit).unwrap(), expected, "{name} {text:?}");
+            assert_eq!(tokenizer.decode(&expected), case[2].as_str().unwrap(), "{name} {text:?}");
         }
         for case in cases["decode"].as_array().unwrap() {
             let expected = case[1].as_str().unwrap();
-            assert_eq!(tokenizer.decode(&ids(&case[0])), expected, "{dir:?} {}", case[0]);
+            assert_eq!(tokenizer.decode(&ids(&case[0])), expected, "{name} {}", case[0]);
         }
     }
 }
 
 #[test]
+fn a_converted_sentencepiece_vocabulary_spells_spaces_and_bytes() {
+    let llama2 = golden_tokenizer("llama2");
+    assert_eq!(llama2.prefix(), [llama2.bos_id().unwrap()]);
+    assert_eq!(llama2.token_bytes(id(&llama2, "\u{2581}")), b" ");
+    assert_eq!(llama2.token_bytes(id(&llama2, "<0xFE>")), [0xfe]);
+    assert!(llama2.is_special(id(&llama2, "</s>")) && !llama2.is_special(id(&llama2, "<0xFE>")));
+    let byte = |byte: u8| id(&llama2, &format!("<0x{byte:02X}>"));
+    let ids = [byte(0xe4), byte(0xbd), byte(0xa0), byte(b' '), byte(0xe4), byte(0xbd)];
+    assert_eq!(stream(&llama2, &ids), "\u{4f60} \u{fffd}\u{fffd}");
+    assert_eq!(stream(&llama2, &ids[3..4]), "", "the space before a text");
+}
+
+#[test]
 fn special_tokens_stand_for_themselves_and_others_for_bytes_of_a_text() {
-    let [(_, qwen3), _] = golden_tokenizers();
+    let qwen3 = golden_tokenizer("qwen3");
     assert!(["<|im_end|>", "<think>", "</think>"].iter().all(|piece| qwen3.is_special(id(&qwen3, piece))));
     assert!(!qwen3.is_special(id(&qwen3, "a")) && !qwen3.is_special(id(&qwen3, "<")));
     assert_eq!(qwen3.token_bytes(id(&qwen3, "Ġ")), b" ");
@@ -122,7 +135,7 @@ fn special_tokens_stand_for_themselves_and_others_for_bytes_of_a_text() {
 
 #[test]
 fn the_prefix_is_added_once_and_decided_by_ids() {
-    let [(_, qwen3), (_, glm4)] = golden_tokenizers();
+    let (qwen3, glm4) = (golden_tokenizer("qwen3"), golden_tokenizer("glm4"));
     let with_prefix = |tokenizer: &Tokenizer, text| tokenizer.encode(text, Prefix::Add).unwrap();
     assert_eq!(with_prefix(&qwen3, "a"), qwen3.encode("a", Prefix::Omit).unwrap());
     assert_eq!(with_prefix(&glm4, "a"), with_prefix(&glm4, "[gMASK]<sop>a"));
@@ -188,7 +201,7 @@ fn end_of_sequence_is_the_union_of_all_files() {
     let unused10 = id(&tokenizer, "[unused10]");
     let expected = [TokenId(7), TokenId(9), TokenId(5), unused10];
     assert_eq!(eos_token_ids(&[7, 9], &generation, Some(&tokenizer)), expected);
-    let [_, (_, glm4)] = golden_tokenizers();
+    let glm4 = golden_tokenizer("glm4");
     let user = id(&glm4, "<|user|>");
     assert_eq!(eos_token_ids(&[user.0], &GenerationDefaults::default(), Some(&glm4)), [user]);
     let nothing_stated = Tokenizer::load(sentencepiece_dir(&json!({})).path()).unwrap();
@@ -197,7 +210,7 @@ fn end_of_sequence_is_the_union_of_all_files() {
 
 #[test]
 fn thinking_is_marked_by_single_tokens_where_the_vocabulary_has_them() {
-    let [(_, qwen3), (_, glm4)] = golden_tokenizers();
+    let (qwen3, glm4) = (golden_tokenizer("qwen3"), golden_tokenizer("glm4"));
     let pangu = load_pangu();
     let expected = Some((id(&qwen3, "<think>"), id(&qwen3, "</think>")));
     assert_eq!(thinking_tokens(&qwen3, Architecture::Qwen3), expected);
@@ -214,15 +227,15 @@ fn a_tokenizer_that_does_not_fit_the_vocabulary_is_refused_by_name() {
     assert!(tokenizer.check_vocab(300).is_ok());
     let error = tokenizer.check_vocab(290).unwrap_err().to_string();
     assert!(error.ends_with("token \"<beyond>\" has id 290; allowed: below the model's vocab_size 290"), "{error}");
-    let [(_, qwen3), _] = golden_tokenizers();
+    let qwen3 = golden_tokenizer("qwen3");
     let error = qwen3.check_vocab(600).unwrap_err().to_string();
     assert!(error.contains("tokenizer.json: token \"<|endoftext|>\" has id 600;"), "{error}");
 }
 
 #[test]
 fn every_id_decodes_and_ids_beyond_the_vocabulary_decode_to_nothing() {
-    let [(_, qwen3), (_, glm4)] = golden_tokenizers();
-    for tokenizer in [qwen3, glm4, load_pangu()] {
+    let (qwen3, glm4) = (golden_tokenizer("qwen3"), golden_tokenizer("glm4"));
+    for tokenizer in [qwen3, glm4, golden_tokenizer("llama2"), load_pangu()] {
         for id in (0..tokenizer.vocab_size() as u32 + 9).chain([u32::MAX]).map(TokenId) {
             let text = tokenizer.decode(&[id]);
             assert_eq!(text, stream(&tokenizer, &[id]));
@@ -259,6 +272,10 @@ fn damaged_and_unsupported_files_are_refused_by_name() {
         json.to_string()
     };
     let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true});
+    let mut other_strip: Value =
+        serde_json::from_slice(&std::fs::read(golden_dir("llama2").join("tokenizer.json")).unwrap()).unwrap();
+    other_strip = other_strip["decoder"].take();
+    other_strip["decoders"][3]["stop"] = json!(1);
     let eos_after = json!([{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<sop>", "type_id": 0}}]);
     for (json, message) in [
         ("{".to_owned(), "tokenizer.json: not JSON: "),
@@ -266,8 +283,9 @@ fn damaged_and_unsupported_files_are_refused_by_name() {
         (changed("/model", json!({"type": "BPE", "vocab": 3})), "tokenizer.json: model: not understood: "),
         (changed("/pre_tokenizer", json!({"type": "Other"})), "tokenizer.json: pre_tokenizer: not understood: "),
         (changed("/post_processor", json!(7)), "tokenizer.json: post_processor: not understood: "),
-        (changed("/decoder", Value::Null), "decoder: decoder \"none\" is not supported; allowed: \"ByteLevel\""),
+        (changed("/decoder", Value::Null), "decoder: decoder \"none\" is not supported; allowed: \"ByteLevel\", or"),
         (changed("/decoder", metaspace), "decoder: decoder \"Metaspace\" is not supported"),
+        (changed("/decoder", other_strip), "decoder: decoder \"Sequence\" is not supported"),
         (changed("/post_processor/processors/1/single", eos_after), "post_processor: it adds tokens after the text"),
     ] {
         write("tokenizer.json", &json);
@@ -280,7 +298,7 @@ fn damaged_and_unsupported_files_are_refused_by_name() {
         (r#"{"eos_token": "<none>"}"#, "tokenizer_config.json: eos_token: the vocabulary has no token \"<none>\""),
         (r#"{"eos_token": 3}"#, "eos_token: 3 is neither a string nor an object"),
         (r#"{"add_bos_token": "yes"}"#, "add_bos_token: \"yes\" is neither true nor false"),
-        (r#"{"added_tokens_decoder": {"x": {"content": "y"}}}"#, "added_tokens_decoder.x: the key is no token id"),
+        (r#"{"added_tokens_decoder": {"x": {"content": "y"}}}"#, "added_tokens_decoder.x: the key is not a token id"),
         (r#"{"added_tokens_decoder": {"9": {}}}"#, "added_tokens_decoder.9: `content` must be a string"),
         (r#"{"additional_special_tokens": [""]}"#, "additional_special_tokens[0]: a token must not be empty"),
     ] {
@@ -334,7 +352,7 @@ fn mutated_tokenizer_files_are_refused_or_work() {
     let config = pangu_config().to_string().into_bytes();
     for _ in 0..300 {
         for bytes in [mutate(&good), mutate(&small)] {
-            if let Ok(bpe) = ByteLevelBpe::from_bytes(&bytes, "tokenizer.json") {
+            if let Ok(bpe) = JsonBpe::from_bytes(&bytes, "tokenizer.json") {
                 let ids = bpe.encode("a [gMASK] 文").unwrap_or_default();
                 assert!(ids.len() < 99);
             }
@@ -348,15 +366,15 @@ fn mutated_tokenizer_files_are_refused_or_work() {
 }
 
 /// The tokenizers of the property test, which loads nothing itself: it runs many times.
-static TOKENIZERS: LazyLock<[Tokenizer; 3]> = LazyLock::new(|| {
-    let [(_, qwen3), (_, glm4)] = golden_tokenizers();
-    [qwen3, glm4, load_pangu()]
+static TOKENIZERS: LazyLock<[Tokenizer; 4]> = LazyLock::new(|| {
+    let (qwen3, glm4) = (golden_tokenizer("qwen3"), golden_tokenizer("glm4"));
+    [qwen3, glm4, golden_tokenizer("llama2"), load_pangu()]
 });
 
 proptest! {
     #[test]
     fn streamed_pieces_together_equal_the_whole_decode(
-        which in 0usize..3,
+        which in 0usize..4,
         parts in prop::collection::vec((0u32..620, "[ a文é😀\u{fffd}]{0,3}", 0usize..3), 0..20),
     ) {
         let tokenizer = &TOKENIZERS[which];

@@ -1,20 +1,20 @@
-//! Byte-pair encoding: neighbouring symbols merge, best score first, until no two spell a piece.
+//! Byte-pair encoding: neighbouring symbols merge, best score first, until no two of them form a piece.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BinaryHeap, HashMap};
 
-use super::PieceKind;
+use super::proto::PieceKind;
 use super::vocabulary::Vocabulary;
 use crate::TokenId;
 
-/// How deeply an unused piece is taken apart again; the rest stays whole. The library's bound, and what keeps a hostile
-/// file from exhausting the stack.
+/// Maximum depth at which an unused piece is split again. It is the library's bound, and keeps a hostile file from
+/// exhausting the stack.
 const MAX_RESEGMENT_DEPTH: usize = 100;
 
-/// A run of the text on its way to becoming a piece. Symbols form a list; a merge takes the right one out.
+/// A part of the text that may become a piece. Symbols form a linked list; a merge removes the right one.
 struct Symbol {
     start: usize,
-    /// Bytes; zero once merged into the symbol before.
+    /// Length in bytes; zero once merged into the previous symbol.
     len: usize,
     prev: Option<usize>,
     next: Option<usize>,
@@ -27,7 +27,7 @@ struct Merge {
     score: f32,
     left: usize,
     right: usize,
-    /// Bytes of both symbols together; if they have changed since, the merge is stale.
+    /// Length of both symbols in bytes; if it has changed since, the merge is stale.
     len: usize,
 }
 
@@ -58,10 +58,10 @@ struct Encoder<'a> {
     text: &'a str,
     symbols: Vec<Symbol>,
     agenda: BinaryHeap<Merge>,
-    /// For each unused piece met, the bytes of its left half when it was last met: how to take it apart again.
+    /// For each unused piece that was considered, the length of its left half, at which it is split again.
     unused_splits: HashMap<TokenId, usize>,
     ids: Vec<TokenId>,
-    /// The last id is the unknown piece, so that a further unknown character joins it.
+    /// True if the last id is the unknown piece, which a further unknown character joins.
     after_unknown: bool,
 }
 
@@ -123,7 +123,7 @@ impl Encoder<'_> {
         }
     }
 
-    /// Put the merge of two neighbours on the agenda if it spells a piece.
+    /// Put the merge of two neighbours on the agenda if it forms a piece.
     fn consider(&mut self, left: usize, right: usize) {
         let (first, second) = (&self.symbols[left], &self.symbols[right]);
         if first.frozen || second.frozen {

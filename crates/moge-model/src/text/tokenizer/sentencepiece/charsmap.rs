@@ -13,7 +13,7 @@
 //! A value's bits 0-30 say where its replacement begins. The file comes from outside, so the whole trie is walked once
 //! when it is read; lookups then find nothing that has not been checked.
 
-use super::Problem;
+use super::error::Problem;
 
 const FIELD: &str = "normalizer_spec.precompiled_charsmap";
 
@@ -28,7 +28,7 @@ pub(super) struct Charsmap {
     replacements: String,
 }
 
-/// How far the walk through a unit's branch has come.
+/// State of a unit in the depth-first walk.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Visit {
     Unseen,
@@ -105,7 +105,7 @@ impl Charsmap {
         Ok(())
     }
 
-    /// Where the children of a unit are counted from.
+    /// The base of a unit's children.
     fn children_base(&self, unit: usize) -> Option<usize> {
         let bits = *self.units.get(unit)?;
         let offset = (bits >> 10) << ((bits >> 9 & 1) * 8);
@@ -120,7 +120,7 @@ impl Charsmap {
 
     fn value(&self, unit: usize, base: usize) -> Option<usize> {
         let ends = self.units.get(unit)? >> 8 & 1 == 1;
-        // A value that is missing is no replacement either, so that `check` refuses it.
+        // A missing value has no replacement, so `check` refuses it.
         ends.then(|| self.units.get(base).map_or(usize::MAX, |value| (value & 0x7fff_ffff) as usize))
     }
 

@@ -1,10 +1,11 @@
-//! SentencePiece byte-pair models (`tokenizer.model`), equal to the C++ library in what they encode and decode.
+//! SentencePiece byte-pair models (`tokenizer.model`), with the same results as the C++ library.
 //!
-//! Text to ids: `normalizer` prepares the text, `bpe` cuts it into pieces. Ids to text: each piece's bytes one after
-//! another, without the space that the normaliser put before the text.
+//! Encoding: `normalizer` prepares the text, `bpe` splits it into pieces. Decoding: the bytes of all pieces, without the
+//! space that the normaliser put before the text.
 
 mod bpe;
 mod charsmap;
+mod error;
 mod normalizer;
 mod prefix_set;
 mod proto;
@@ -12,81 +13,22 @@ mod proto;
 mod tests;
 mod vocabulary;
 
-use thiserror::Error;
-
-use super::is_bracketed;
 use crate::TokenId;
-use normalizer::Normalizer;
-pub use proto::{ModelProto, NormalizerSpec, Piece, TrainerSpec};
+pub use error::SentencePieceError;
+use normalizer::{META_SPACE, Normalizer};
+pub(super) use proto::byte_of;
+pub use proto::{ModelProto, NormalizerSpec, Piece, PieceKind, TrainerSpec};
 use vocabulary::Vocabulary;
 
-/// U+2581, which stands for a space in the text of a piece.
-const META_SPACE: &str = "\u{2581}";
-
-/// What a piece stands for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PieceKind {
-    /// Its text.
-    Normal,
-    /// Any text that no piece spells.
-    Unknown,
-    /// No text: a mark such as the begin of a sequence. Text that looks like its name does not become this piece.
-    Control,
-    /// Its text, wherever that occurs, before anything else is looked for.
-    UserDefined,
-    /// Its text, but encoding does not yield it.
-    Unused,
-    /// One byte of a character that no piece spells.
-    Byte(u8),
-}
-
-/// Why a `tokenizer.model` is refused.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("{file}: {field}: found {value}; allowed: {allowed}")]
-pub struct SentencePieceError {
-    /// The file's name.
-    pub file: String,
-    /// The field, with its place in the message.
-    pub field: String,
-    /// What was found.
-    pub value: String,
-    /// What is allowed.
-    pub allowed: String,
-}
-
-/// A [`SentencePieceError`] that does not know its file yet.
-#[derive(Debug)]
-struct Problem {
-    field: String,
-    value: String,
-    allowed: String,
-}
-
-impl Problem {
-    fn new(field: &str, value: String, allowed: &str) -> Problem {
-        Problem { field: field.to_owned(), value, allowed: allowed.to_owned() }
-    }
-
-    /// The same, seen from the message that holds the field's message.
-    fn inside(mut self, message: &str) -> Problem {
-        self.field = format!("{message}.{}", self.field);
-        self
-    }
-
-    fn in_file(self, file: &str) -> SentencePieceError {
-        SentencePieceError { file: file.to_owned(), field: self.field, value: self.value, allowed: self.allowed }
-    }
-}
-
-/// Whether the next token begins the text, where a leading U+2581 is the dummy space and not part of the text.
+/// State of decoding: at the start of a text a leading U+2581 is the dummy space and not part of the text.
 ///
 /// Start with [`SentencePiece::text_start`], and hand the same value to every [`SentencePiece::push_token`]. For the bytes
 /// of one token as they would be inside a text, start with `Passed`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TextStart {
-    /// Nothing of the text has come yet.
+    /// No byte of the text has been decoded.
     Ahead,
-    /// The text has begun, or the model adds no space to its beginning.
+    /// The text has begun, or the model adds no space before it.
     Passed,
 }
 
@@ -104,8 +46,8 @@ impl SentencePiece {
     /// Read a `tokenizer.model`; `file` is its name in errors.
     ///
     /// # Errors
-    /// If the bytes are no such model, contradict themselves, or ask for what we do not do: a model type other than
-    /// BPE, or a denormaliser with rules.
+    /// If the bytes are not a valid model, or ask for a feature that is not implemented: a model type other than BPE, or a
+    /// denormaliser with rules.
     pub fn from_bytes(bytes: &[u8], file: &str) -> Result<SentencePiece, SentencePieceError> {
         let ModelProto { pieces, trainer_spec, normalizer_spec } = ModelProto::from_bytes(bytes, file)?;
         let vocabulary = Vocabulary::new(pieces, trainer_spec.byte_fallback);
@@ -119,14 +61,13 @@ impl SentencePiece {
         })
     }
 
-    /// Token ids of plain text. Nothing is added, and text that looks like a control piece is still text.
+    /// Token ids of plain text. No token is added, and the name of a control piece is ordinary text.
     pub fn encode(&self, text: &str) -> Vec<TokenId> {
         let normalized = self.normalizer.normalize(text, &self.vocabulary.user_defined);
         bpe::encode(&self.vocabulary, &normalized)
     }
 
-    /// The text of `ids`. Bytes of byte pieces that together are no UTF-8 become U+FFFD, one for each byte. See
-    /// [`Self::push_token`].
+    /// The text of `ids`. Bytes of byte pieces that are not UTF-8 become one U+FFFD each. See [`Self::push_token`].
     pub fn decode(&self, ids: &[TokenId]) -> String {
         let mut text = String::new();
         // A character's bytes lie in neighbouring byte pieces: any other piece between them, even one without text,
@@ -154,7 +95,7 @@ impl SentencePiece {
         bytes
     }
 
-    /// What to begin a text with in [`Self::push_token`].
+    /// The initial state for [`Self::push_token`].
     pub fn text_start(&self) -> TextStart {
         if self.add_dummy_prefix || self.remove_extra_whitespaces { TextStart::Ahead } else { TextStart::Passed }
     }
@@ -194,36 +135,27 @@ impl SentencePiece {
         }
     }
 
-    /// How many pieces there are; token ids are below this.
+    /// Number of pieces; token ids are below this.
     pub fn vocab_size(&self) -> usize {
         self.vocabulary.len()
     }
 
-    /// The name of a piece: its text with U+2581 for spaces, or such as `<0x0A>` and `<s>`.
+    /// The name of a piece: its text with U+2581 for spaces, or a name such as `<0x0A>` and `<s>`.
     pub fn piece(&self, id: TokenId) -> Option<&str> {
         self.vocabulary.piece(id).map(|piece| piece.piece.as_str())
     }
 
-    /// What a piece stands for.
+    /// The kind of a piece.
     pub fn kind(&self, id: TokenId) -> Option<PieceKind> {
         self.vocabulary.kind(id)
     }
 
-    /// True for a piece that never stands for a part of a text, going by its kind or its name.
-    pub(super) fn is_special(&self, id: TokenId) -> bool {
-        match self.kind(id) {
-            Some(PieceKind::Control | PieceKind::Unknown) => true,
-            Some(PieceKind::UserDefined) => self.piece(id).is_some_and(is_bracketed),
-            Some(PieceKind::Normal | PieceKind::Unused | PieceKind::Byte(_)) | None => false,
-        }
-    }
-
-    /// The piece of this name, of whatever kind.
+    /// The piece of this name, of any kind.
     pub fn id_of(&self, piece: &str) -> Option<TokenId> {
         self.vocabulary.id_of(piece)
     }
 
-    /// The piece for text that no piece spells.
+    /// The piece for text that is not in the vocabulary.
     pub fn unk_id(&self) -> Option<TokenId> {
         self.vocabulary.unk_id
     }
@@ -248,7 +180,7 @@ impl SentencePiece {
     }
 }
 
-/// Append `bytes` with U+FFFD for each byte that is no UTF-8.
+/// Append `bytes` with U+FFFD for each byte that is not UTF-8.
 fn push_repaired(text: &mut String, bytes: &[u8]) {
     for chunk in bytes.utf8_chunks() {
         text.push_str(chunk.valid());

@@ -1,9 +1,12 @@
-//! Text as it comes to text as the pieces spell it.
+//! Normalisation of text to the spelling of the pieces.
 
 use super::charsmap::Charsmap;
+use super::error::Problem;
 use super::prefix_set::PrefixSet;
 use super::proto::{NormalizerSpec, TrainerSpec};
-use super::{META_SPACE, Problem};
+
+/// U+2581, which stands for a space in the text of a piece.
+pub(super) const META_SPACE: &str = "\u{2581}";
 
 /// The rules of one model.
 #[derive(Debug)]
@@ -11,11 +14,11 @@ pub(super) struct Normalizer {
     charsmap: Option<Charsmap>,
     dummy_space: DummySpace,
     remove_extra_whitespaces: bool,
-    /// What a space is written as.
+    /// Replacement of a space.
     space: &'static str,
 }
 
-/// Where a space is added to the text.
+/// Place of the space that is added to the text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum DummySpace {
     None,
@@ -66,7 +69,7 @@ impl Normalizer {
                     other => normalized.push(other),
                 }
             }
-            // A chunk that vanished leaves the question to the one before it.
+            // An empty chunk does not change the state.
             if !chunk.is_empty() {
                 after_space = self.remove_extra_whitespaces && chunk.ends_with(' ');
             }
@@ -81,8 +84,8 @@ impl Normalizer {
         normalized
     }
 
-    /// What the beginning of `text` becomes, and how many of its bytes that covers: a user-defined symbol, the longest
-    /// rule, or one character.
+    /// The normalised start of `text` and the number of its bytes: a user-defined symbol, the longest rule that matches,
+    /// or one character.
     fn next_chunk<'a>(&'a self, text: &'a str, user_defined: &PrefixSet) -> Option<(&'a str, usize)> {
         let character = text.chars().next()?;
         if let Some(len) = user_defined.longest_prefix(text) {

@@ -1,6 +1,6 @@
-//! A set of strings that answers which of them a text begins with.
+//! A set of strings that finds the longest member that a text begins with.
 
-/// Strings in sorted order, so that those which share a beginning lie side by side.
+/// Strings in sorted order, so that those with a common prefix are adjacent.
 #[derive(Debug, Default)]
 pub(super) struct PrefixSet(Vec<String>);
 

@@ -1,24 +1,41 @@
-//! The protobuf message inside a `tokenizer.model`: reading, writing, and nothing else of protobuf.
+//! The protobuf message of a `tokenizer.model`: a reader and a writer for its fields only.
 //!
-//! Only the fields that change what encoding or decoding yields are kept. Everything else (training settings, self tests,
-//! extensions) is skipped, as its length says. In particular `split_digits`, `split_by_number`, `split_by_whitespace`,
+//! Only the fields that change the result of encoding or decoding are kept. Everything else (training settings, self tests,
+//! extensions) is skipped. In particular `split_digits`, `split_by_number`, `split_by_whitespace`,
 //! `split_by_unicode_script`, `allow_whitespace_only_pieces` and the `*_id` fields steer training alone: encoding finds
 //! the special pieces by their names and types.
 
-use super::{PieceKind, Problem, SentencePieceError};
+use super::error::{Problem, SentencePieceError};
 
-/// `TrainerSpec.ModelType` of byte-pair encoding; a file that states none means unigram.
+/// `TrainerSpec.ModelType` of byte-pair encoding; the default of the format is unigram.
 const MODEL_TYPE_BPE: u64 = 2;
 
-/// What a `tokenizer.model` holds, as far as it matters after training. Its model type is always BPE.
+/// The fields of a `tokenizer.model` that matter after training. Its model type is always BPE.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ModelProto {
     /// The vocabulary; a piece's index is its token id.
     pub pieces: Vec<Piece>,
-    /// How the model was trained.
+    /// Settings of training.
     pub trainer_spec: TrainerSpec,
-    /// How text is prepared before pieces are looked for.
+    /// Normalisation of the text before it is split into pieces.
     pub normalizer_spec: NormalizerSpec,
+}
+
+/// The kind of a piece: what it stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PieceKind {
+    /// Its text.
+    Normal,
+    /// Any text that is not in the vocabulary.
+    Unknown,
+    /// No text: a marker such as BOS. Its name in a text does not become this piece.
+    Control,
+    /// Its text, wherever it occurs, before other pieces are considered.
+    UserDefined,
+    /// Its text, but encoding does not yield it.
+    Unused,
+    /// One byte of a character that is not in the vocabulary.
+    Byte(u8),
 }
 
 /// One entry of the vocabulary.
@@ -28,7 +45,7 @@ pub struct Piece {
     pub piece: String,
     /// Among possible merges the one whose piece scores highest happens first.
     pub score: f32,
-    /// What the piece stands for.
+    /// The kind of the piece.
     pub kind: PieceKind,
 }
 
@@ -39,7 +56,7 @@ pub struct TrainerSpec {
     pub byte_fallback: bool,
     /// Put the dummy space after the text instead of before it.
     pub treat_whitespace_as_suffix: bool,
-    /// What the unknown piece decodes to.
+    /// Text of the unknown piece when decoded.
     pub unk_surface: String,
     /// Name of the piece that begins a sequence.
     pub bos_piece: String,
@@ -50,7 +67,7 @@ pub struct TrainerSpec {
 }
 
 impl Default for TrainerSpec {
-    /// What the format means where a file says nothing.
+    /// The defaults of the format.
     fn default() -> Self {
         TrainerSpec {
             byte_fallback: false,
@@ -63,10 +80,10 @@ impl Default for TrainerSpec {
     }
 }
 
-/// How text is prepared before pieces are looked for.
+/// Normalisation of the text before it is split into pieces.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NormalizerSpec {
-    /// Name of the rule set, for people: `precompiled_charsmap` holds the rules.
+    /// Name of the rule set, informational: `precompiled_charsmap` holds the rules.
     pub name: String,
     /// Replacement rules; empty if characters stay as they are. See the `charsmap` module for the layout.
     pub precompiled_charsmap: Vec<u8>,
@@ -79,7 +96,7 @@ pub struct NormalizerSpec {
 }
 
 impl Default for NormalizerSpec {
-    /// What the format means where a file says nothing.
+    /// The defaults of the format.
     fn default() -> Self {
         NormalizerSpec {
             name: String::new(),
@@ -95,13 +112,13 @@ impl ModelProto {
     /// Read a `tokenizer.model`; `file` is its name in errors.
     ///
     /// # Errors
-    /// If the bytes are no such message, or the message asks for what we do not do: a model type other than BPE, or a
-    /// denormaliser with rules.
+    /// If the bytes are not such a message, or it asks for a feature that is not implemented: a model type other than BPE,
+    /// or a denormaliser with rules.
     pub fn from_bytes(bytes: &[u8], file: &str) -> Result<ModelProto, SentencePieceError> {
         read_model(bytes).map_err(|problem| problem.in_file(file))
     }
 
-    /// The message as a `tokenizer.model` holds it.
+    /// The message in the format of a `tokenizer.model`.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut model = Writer::default();
         for piece in &self.pieces {
@@ -214,7 +231,7 @@ fn read_piece(bytes: &[u8]) -> Result<Piece, Problem> {
 }
 
 /// The byte that a byte piece's name spells: `<0x0A>`, in capitals.
-fn byte_of(piece: &str) -> Option<u8> {
+pub(crate) fn byte_of(piece: &str) -> Option<u8> {
     let digits = piece.strip_prefix("<0x")?.strip_suffix('>')?;
     let byte = u8::from_str_radix(digits, 16).ok()?;
     (format!("{byte:02X}") == digits).then_some(byte)

@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 
+use super::error::Problem;
 use super::prefix_set::PrefixSet;
-use super::proto::Piece;
-use super::{PieceKind, Problem};
+use super::proto::{Piece, PieceKind};
 use crate::TokenId;
 
-/// The library refuses longer pieces too; keeps every lookup short.
+/// Maximum length of a piece, as in the library; keeps every lookup short.
 const MAX_PIECE_BYTES: usize = 7999;
 
 /// The pieces of a model, checked.
@@ -15,9 +15,9 @@ const MAX_PIECE_BYTES: usize = 7999;
 pub(super) struct Vocabulary {
     pieces: Vec<Piece>,
     ids: HashMap<String, TokenId>,
-    /// Symbols that are found in a text before anything else.
+    /// Symbols that are matched in a text before other pieces.
     pub(super) user_defined: PrefixSet,
-    /// The unknown piece; a model with byte pieces may do without.
+    /// The unknown piece; optional in a model with byte pieces.
     pub(super) unk_id: Option<TokenId>,
     /// The byte pieces, if characters without a piece are spelled with them.
     pub(super) byte_ids: Option<Box<[TokenId; 256]>>,
@@ -108,7 +108,7 @@ fn check_text(piece: &mut Piece, byte_fallback: bool) -> Result<(), Problem> {
         return Err(Problem::new("score", "NaN".to_owned(), "a number"));
     }
     if text.contains('\0') {
-        // Trainers have made such a piece by mistake; with byte pieces the library takes it as unused.
+        // Trainers have written such a piece by mistake; with byte pieces the library treats it as unused.
         if text != "\0" || !byte_fallback {
             return Err(Problem::new("piece", format!("{text:?}"), "no NUL character"));
         }
