@@ -1,4 +1,4 @@
-//! From what the engine gives to what a client gets, whole or in parts.
+//! Engine outputs to responses, whole or streamed.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::clock::unix_seconds;
 use crate::engine_thread::ResponseStream;
 use crate::error::ApiError;
 
-/// How often a stream without news says that it lives.
+/// Interval between comments that keep an idle stream open.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// Tokens of a request, as OpenAI counts them.
@@ -34,7 +34,7 @@ impl Usage {
     /// Count the result of a step for an answer; `is_first_answer` of its prompt.
     pub(crate) fn add(&mut self, output: &SequenceOutput, is_first_answer: bool) {
         self.completion_tokens += output.sampled.len();
-        // Every output of a sequence says it; the last one is the one that counts.
+        // Every output of a sequence repeats it; the last one is counted.
         if is_first_answer && output.finish_reason.is_some() {
             self.cached_tokens += output.num_cached_tokens;
         }
@@ -118,7 +118,7 @@ impl CompletionLogprobs {
         self.text_offset.extend(next.text_offset);
     }
 
-    /// True if there is no token.
+    /// True if empty.
     pub(crate) fn is_empty(&self) -> bool {
         self.tokens.is_empty()
     }
@@ -138,7 +138,7 @@ pub(crate) fn chat_logprob(tokenizer: &Tokenizer, row: &RowLogprobs) -> Value {
     object
 }
 
-/// JSON has no infinity; what OpenAI says of an impossible token.
+/// JSON has no infinity; -9999 is OpenAI's value for an impossible token.
 fn finite(logprob: f64) -> f64 {
     logprob.max(-9999.0)
 }
@@ -153,7 +153,7 @@ pub(crate) trait StreamEncoder: Send + 'static {
     fn fail(&mut self, error: &ApiError) -> Vec<Event>;
 }
 
-/// What all parts of an answer of chat or completions begin with.
+/// Common fields of all parts of an answer of chat or completions.
 pub(crate) struct ResponseHead {
     pub(crate) id: String,
     model: String,
@@ -184,7 +184,7 @@ impl ResponseHead {
         data(&body)
     }
 
-    /// What ends a stream.
+    /// Last events of a stream.
     pub(crate) fn end(&self, object: &str, usage: Usage) -> Vec<Event> {
         let usage = self.wants_usage.then(|| data(&self.whole(object, &[], usage)));
         usage.into_iter().chain([done()]).collect()
@@ -201,7 +201,7 @@ impl ResponseHead {
     }
 }
 
-/// What ends a stream of chat or completions that cannot go on.
+/// Last events of a stream of chat or completions that fails.
 pub(crate) fn failed(error: &ApiError) -> Vec<Event> {
     vec![data(&error.body()), done()]
 }
@@ -230,7 +230,7 @@ pub(crate) fn stream(answers: ResponseStream, first: Vec<Event>, chunks: impl St
     });
     let events = stream::iter([first]).chain(steps).flat_map(stream::iter).map(Ok::<Event, Infallible>);
     let mut response = Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response();
-    // What stands between us and the client must pass on parts as they come.
+    // Proxies must forward events without buffering.
     response.headers_mut().insert("x-accel-buffering", axum::http::HeaderValue::from_static("no"));
     response
 }

@@ -1,4 +1,4 @@
-//! What all routes share.
+//! State shared by all routes.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
@@ -18,12 +18,12 @@ use crate::expert_ids::ExpertIds;
 use crate::metrics::Metrics;
 use crate::structured::markers::GrammarMarkers;
 
-/// How a server listens, and what it allows its clients.
+/// Address and limits of a server.
 #[derive(Clone)]
 pub struct ServerConfig {
-    /// Where it listens; port 0 takes a free one.
+    /// Address to listen at; port 0 takes a free port.
     pub address: SocketAddr,
-    /// Keys that clients may come with. With none everybody may come.
+    /// Accepted API keys; if empty, no key is required.
     pub api_keys: Vec<String>,
     /// Origins whose pages may call the server, beside its own; `*` is every one.
     pub cors_origins: Vec<String>,
@@ -33,19 +33,19 @@ pub struct ServerConfig {
     pub max_connections: usize,
     /// Most answers that one request may ask for, over all its prompts.
     pub max_answers: usize,
-    /// How long a request may take, with its time in the queue.
+    /// Longest time of a request, including its time in the queue.
     pub max_request_time: Duration,
-    /// How long requests may go on after the server is told to stop.
+    /// Time that running requests have after the server is told to stop.
     pub drain_time: Duration,
 }
 
-/// What is served.
+/// The model and its files.
 pub struct ServedModel {
     /// The name that clients give.
     pub name: String,
     /// Its tokenizer.
     pub tokenizer: Arc<Tokenizer>,
-    /// Its chat template, or why there is none.
+    /// Its chat template, or the error of loading it.
     pub chat_template: Result<ChatTemplate, ChatTemplateError>,
     /// Sampling parameters where a request has none.
     pub defaults: GenerationDefaults,
@@ -63,10 +63,10 @@ impl ServedModel {
         if params.return_expert_ids { ExpertIds::new(&self.config) } else { None }
     }
 
-    /// What `field` asks for, as the engine takes it; `lark` is `None` if an answer is free.
+    /// Compile the grammar that `field` asks for; `lark` is `None` if the answer is not restricted.
     ///
     /// # Errors
-    /// If the grammar is none, or too much.
+    /// If the grammar is not valid, or exceeds a limit.
     pub(crate) fn compile(&self, field: &'static str, lark: Option<String>) -> Result<Option<Grammar>, ApiError> {
         let compiled = lark.map(|lark| self.grammars.compile(&lark)).transpose();
         compiled.map_err(|error| ApiError::grammar(field, &error))
@@ -76,7 +76,7 @@ impl ServedModel {
 /// A model that answers.
 pub(crate) struct Serving {
     pub(crate) model: ServedModel,
-    /// What the model writes around its thinking and its calls.
+    /// The marks around the model's thinking and tool calls.
     pub(crate) markers: GrammarMarkers,
     pub(crate) engine: EngineHandle,
     pub(crate) metrics: Arc<Metrics>,
@@ -95,7 +95,7 @@ impl Serving {
     }
 }
 
-/// How far the server is in its life.
+/// Phase of the server's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Phase {
     /// The model is being loaded, or answers.
@@ -107,7 +107,7 @@ pub(crate) enum Phase {
 }
 
 impl Phase {
-    /// Wait until the server has come so far.
+    /// Wait until the server has reached this phase.
     pub(crate) async fn reached(self, phases: &mut watch::Receiver<Phase>) {
         // An error means that the server is gone.
         let _ = phases.wait_for(|phase| *phase >= self).await;
@@ -142,7 +142,7 @@ impl App {
         }
     }
 
-    /// The model has come.
+    /// Start serving the loaded model.
     pub(crate) fn serve(&self, serving: Serving) {
         // Only the one owner of the server calls this, once.
         let _ = self.serving.set(Arc::new(serving));
@@ -178,7 +178,7 @@ impl App {
         self.phase.subscribe()
     }
 
-    /// A number that no one can foresee; different for each `salt`.
+    /// An unpredictable number, different for each `salt`.
     pub(crate) fn random(&self, salt: u64) -> u64 {
         let mut hasher = self.random.build_hasher();
         hasher.write_u64(salt);

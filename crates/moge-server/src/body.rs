@@ -15,10 +15,10 @@ use crate::app::AppState;
 use crate::blocking::blocking;
 use crate::error::ApiError;
 
-/// How long a body may take to arrive.
+/// Longest time for a body to arrive.
 const MAX_BODY_TIME: Duration = Duration::from_secs(30);
 
-/// Longer bodies are parsed where that holds up nobody.
+/// Longer bodies are parsed on a blocking thread.
 const MAX_QUICK_BYTES: usize = 64 << 10;
 
 /// Fields that OpenAI's API has and that change nothing here.
@@ -116,7 +116,7 @@ async fn read_all(body: Body, max_bytes: usize) -> Result<Vec<u8>, ApiError> {
     Ok(all)
 }
 
-/// Parse `bytes`; names fields that nobody knows in a line of the log, refuses those that we know and cannot honour.
+/// Parse `bytes`. Unknown fields are named in the log; known fields that are not supported are refused.
 pub(crate) fn parse<A, B, C>(bytes: &[u8]) -> Result<Json<A, B, C>, ApiError>
 where
     A: DeserializeOwned,

@@ -1,4 +1,4 @@
-//! Messages to prompts, and what the model writes to reasoning, content and tool calls: what chat and responses share.
+//! The common part of chat and responses: messages to prompts, model output to reasoning, content and tool calls.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ use crate::structured::{ThinkingPhase, grammar};
 /// The variable of templates that turns thinking on or off.
 pub(crate) const ENABLE_THINKING: &str = "enable_thinking";
 
-/// What a conversation's next turn is made of.
+/// Input of a conversation's next turn.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Conversation {
     /// As OpenAI's chat has them.
@@ -31,13 +31,13 @@ pub(crate) struct Conversation {
     pub(crate) add_generation_prompt: bool,
 }
 
-/// What the model may call.
+/// Tools that the model may call.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ToolFields {
     /// As OpenAI's chat has them.
     pub(crate) tools: Vec<Value>,
     pub(crate) tool_choice: Option<Value>,
-    /// Whether a required call may be followed by others.
+    /// True if a required call may be followed by others.
     pub(crate) parallel_tool_calls: Option<bool>,
 }
 
@@ -51,7 +51,7 @@ pub(crate) struct Turn {
     expert_ids: Option<ExpertIds>,
 }
 
-/// What an output adds to a turn.
+/// New parts of a turn from one engine output.
 #[derive(Debug, Default)]
 pub(crate) struct TurnDelta {
     pub(crate) deltas: Vec<Delta>,
@@ -76,7 +76,7 @@ impl Conversation {
     /// The prompt's tokens.
     ///
     /// # Errors
-    /// If a message is not one, or the template refuses them.
+    /// If a message is not valid, or the template refuses them.
     pub(crate) fn prompt(&self, serving: &Serving) -> Result<Vec<TokenId>, ApiError> {
         let template = match &serving.model.chat_template {
             Ok(template) => template,
@@ -95,7 +95,7 @@ impl Conversation {
         Ok(serving.model.tokenizer.encode(&text, Prefix::Add)?)
     }
 
-    /// What the engine is to do for `n` answers.
+    /// The engine's requests for `n` answers.
     ///
     /// # Errors
     /// As [`Conversation::prompt`], and if tools or the form of the answer are not allowed.
@@ -146,7 +146,7 @@ impl Conversation {
         Ok(Prepared { requests, turns, num_prompt_tokens })
     }
 
-    /// Whether the request wants the model to think.
+    /// The request's choice about thinking.
     fn thinking(&self) -> Result<Thinking, ApiError> {
         match self.template_kwargs.get(ENABLE_THINKING) {
             None | Some(Value::Null) => Ok(Thinking::Default),

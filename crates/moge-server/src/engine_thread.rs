@@ -19,8 +19,8 @@ use crate::metrics::{Metrics, RequestTimes};
 /// Requests on their way to the engine; more wait with their senders.
 const MAX_COMMANDS: usize = 256;
 
-/// What comes back for a sequence of a request, by its index there: a step's result, the last of which has a finish
-/// reason, or why the server ended it before it was done.
+/// An event of one sequence of a request, with its index there: the output of a step, the last of which has a finish
+/// reason, or the reason why the server ended it early.
 type Event = (usize, Result<Box<SequenceOutput>, ApiError>);
 
 enum Command {
@@ -38,7 +38,7 @@ struct Submission {
     reply: oneshot::Sender<Result<(), AdmitError>>,
 }
 
-/// What the sequences of one request give. Dropping it cancels them.
+/// Outputs of the sequences of one request. Dropping the stream cancels them.
 #[derive(Debug)]
 pub(crate) struct ResponseStream {
     events: mpsc::UnboundedReceiver<Event>,
@@ -65,7 +65,7 @@ impl ResponseStream {
     }
 }
 
-/// Where requests are handed in.
+/// Submits requests to the engine.
 #[derive(Clone)]
 pub(crate) struct EngineHandle {
     commands: mpsc::Sender<Command>,
@@ -111,7 +111,7 @@ impl EngineHandle {
 
     /// End all that waits and runs.
     pub(crate) async fn end_all(&self) {
-        // Without an engine there is nothing to end.
+        // If the engine is gone, there is nothing to end.
         let _ = self.commands.send(Command::EndAll).await;
     }
 }
@@ -146,13 +146,13 @@ impl EngineThread {
         }
     }
 
-    /// Take what has come; waits for something if there is nothing to do. False when nobody can send any more.
+    /// Process the commands that have arrived, and wait for one if the engine is idle. False when all handles are gone.
     fn take_commands(&mut self) -> bool {
         loop {
             let command = if self.engine.has_unfinished() {
                 match self.commands.try_recv() {
                     Ok(command) => command,
-                    // With handles or without, what runs is finished.
+                    // With handles or without, running sequences are finished.
                     Err(_) => return true,
                 }
             } else {
@@ -191,17 +191,17 @@ impl EngineThread {
             let deadline = arrival + time_allowed;
             self.active.insert(id, ActiveSequence { index, deadline, time_allowed, events: events.clone(), times });
         }
-        // Whoever does not wait for the reply any more has dropped the receiver of the events too.
+        // If the reply's receiver is gone, so is that of the events.
         let _ = reply.send(Ok(()));
     }
 
-    /// Cancel what nobody waits for, and what has no time left.
+    /// Cancel sequences whose client is gone or whose time is over.
     fn end_what_must(&mut self) {
         let now = Instant::now();
         self.end_where(|active| (active.deadline <= now).then_some(ApiError::Deadline(active.time_allowed)));
     }
 
-    /// Cancel the sequences that nobody waits for, and those for which `why` gives a reason.
+    /// Cancel sequences whose client is gone, and those for which `why` gives a reason.
     fn end_where(&mut self, why: impl Fn(&ActiveSequence) -> Option<ApiError>) {
         let EngineThread { engine, active, metrics, .. } = self;
         active.retain(|&id, active| {
@@ -224,7 +224,7 @@ impl EngineThread {
         let Some(active) = self.active.get_mut(&id) else { return };
         self.metrics.output(&mut active.times, &output, step_start);
         let finish_reason = output.finish_reason;
-        // If nobody listens, the next round cancels it.
+        // If the receiver is gone, the next iteration cancels the sequence.
         let _ = active.events.send((active.index, Ok(Box::new(output))));
         if let Some(finish_reason) = finish_reason {
             self.metrics.finished(&active.times, finish_reason);

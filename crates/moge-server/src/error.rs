@@ -1,4 +1,4 @@
-//! What is answered instead of a result: the one table of errors and statuses.
+//! Errors of requests, and the only table of their HTTP statuses.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::structured::StructuredError;
 /// When a client may try again after the queue was full.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// Why a request has no answer. Clients see it as OpenAI's error object.
+/// Error of a request. Clients get it as OpenAI's error object.
 #[derive(Debug, Error)]
 pub(crate) enum ApiError {
     /// A value is not allowed.
@@ -22,10 +22,10 @@ pub(crate) enum ApiError {
     Invalid {
         /// The field's path in the body.
         param: String,
-        /// What was found and what is allowed.
+        /// The value found and the allowed values.
         message: String,
     },
-    /// The body is no JSON.
+    /// The body is not valid JSON.
     #[error("the body is not JSON: {0}")]
     NotJson(serde_json::Error),
     /// The body is JSON of another shape than the endpoint takes.
@@ -33,7 +33,7 @@ pub(crate) enum ApiError {
     WrongShape {
         /// The field's path in the body.
         param: String,
-        /// What was found and what is allowed.
+        /// The value found and the allowed values.
         message: String,
     },
     /// The prompt leaves no room for an answer.
@@ -46,19 +46,19 @@ pub(crate) enum ApiError {
         /// Tokens that prompt and answer may have together.
         max_model_len: usize,
     },
-    /// No or a wrong API key.
+    /// A missing or wrong API key.
     #[error("the header `Authorization: Bearer KEY` is missing, or its key is not one that this server knows")]
     Unauthorized,
-    /// There is no such model.
+    /// The model is unknown.
     #[error("model: {0:?} is not served here; GET /v1/models lists what is")]
     UnknownModel(String),
-    /// There is no such path.
+    /// The path is unknown.
     #[error("there is nothing at {0}")]
     NotFound(String),
     /// The path wants another method.
     #[error("this path does not take {0}")]
     MethodNotAllowed(String),
-    /// What the request says of the answer's form leaves the model no way on.
+    /// The requested form of the answer allows no further token.
     #[error("the answer cannot go on in the form that was asked for: no token of the model fits")]
     DeadEnd,
     /// The body did not arrive in time.
@@ -151,7 +151,7 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let status = self.status();
-        // What is not there yet, or there are too many of, is no fault, and may be met often.
+        // Unavailability and overload are not failures of the server, and may be frequent.
         if status.is_server_error() && !matches!(self, ApiError::Unavailable(_)) {
             // Quoted, as it may hold what a client wrote.
             tracing::warn!("{status}: {:?}", shortened(self.to_string()));

@@ -18,19 +18,19 @@ use tokio_io_timeout::TimeoutStream;
 use crate::app::{AppState, Phase};
 use crate::error::ApiError;
 
-/// How long a client may take to send the head of a request, and a connection may be idle.
+/// Longest time to send the head of a request, and for a connection to be idle.
 const MAX_HEAD_TIME: Duration = Duration::from_secs(60);
 
 /// A head of a request that is not complete after so many bytes is refused; also how much of a body is read at a time.
 const MAX_HEAD_BYTES: usize = 64 << 10;
 
-/// How long a client may take nothing of what is sent to it.
+/// Longest time that a client may not read from its connection.
 const MAX_WRITE_TIME: Duration = Duration::from_secs(60);
 
-/// How long to wait after the system had no connection to give.
+/// Pause after the system could not accept a connection.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
 
-/// How often to say that the system has no connection to give.
+/// Interval between warnings that the system cannot accept connections.
 const WARN_AGAIN: Duration = Duration::from_secs(60);
 
 /// Accept connections until the server drains, then see them end. Ends with the last connection.
@@ -66,7 +66,7 @@ pub(crate) async fn listen(listener: TcpListener, router: Router, state: AppStat
     while connections.join_next().await.is_some() {}
 }
 
-/// What connections beyond the limit get: a sign of life, and nothing else.
+/// Router for connections beyond the limit: `/health`, and status 503 for all else.
 fn busy_router() -> Router {
     let busy = async || ApiError::Unavailable("too many connections").into_response();
     Router::new().route("/health", get(async || "ok\n")).fallback(busy)

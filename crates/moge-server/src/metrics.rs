@@ -1,4 +1,4 @@
-//! What Prometheus scrapes. Series that mean the same as vLLM's have its names, so that its dashboards fit.
+//! Prometheus metrics. Series with the same meaning as vLLM's have the same names, so that its dashboards work.
 
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -15,7 +15,7 @@ const SECONDS: [f64; 20] = [
     640.0,
 ];
 
-/// How often records are put into the histograms.
+/// Interval at which records are moved into the histograms.
 const UPKEEP: Duration = Duration::from_secs(5);
 
 /// Layer bands that expert load is shown for, at most.
@@ -45,12 +45,12 @@ pub(crate) struct Metrics {
     expert_load: Mutex<Option<ExpertLoad>>,
 }
 
-/// When things happened to one sequence.
+/// Times of the events of one sequence.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RequestTimes {
     arrival: Instant,
     num_prompt_tokens: usize,
-    /// Whether a step had a part in it.
+    /// True if a step has included the sequence.
     has_started: bool,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
@@ -124,13 +124,13 @@ impl Metrics {
         }
     }
 
-    /// What Prometheus reads.
+    /// The metrics in Prometheus' text format.
     pub(crate) fn render(&self) -> String {
         self.describe_experts();
         self.handle.render()
     }
 
-    /// Put what was recorded into the histograms, now and then, for ever: until then every record takes memory.
+    /// Move records into the histograms at intervals, without end: until then every record takes memory.
     pub(crate) async fn keep_up(&self) {
         let mut interval = tokio::time::interval(UPKEEP);
         loop {
@@ -168,7 +168,7 @@ impl Metrics {
         for _ in &output.sampled {
             match times.last_token {
                 None => self.first_token.record(now - times.arrival),
-                // Nothing between tokens that come together.
+                // 0 between tokens of one step.
                 Some(last) => self.inter_token.record(now - last),
             }
             times.first_token.get_or_insert(now);
@@ -204,7 +204,7 @@ impl Metrics {
         self.recorder.register_histogram(&key, &METADATA).record(time);
     }
 
-    /// How many tokens each expert got since the start, in bands of layers.
+    /// Tokens of each expert since the start, in bands of layers.
     pub(crate) fn expert_load(&self) -> Value {
         let load = self.expert_load.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(load) = &*load else {
@@ -241,7 +241,7 @@ impl Metrics {
     }
 }
 
-/// Say what the series are that are registered with their first values, as those say their labels.
+/// Describe the series that are registered with their first values, when their labels are known.
 fn describe_labelled(recorder: &PrometheusRecorder) {
     let counters = [
         ("vllm:request_success_total", "Sequences that ended, by reason: stop, length, abort, error"),
@@ -255,7 +255,7 @@ fn describe_labelled(recorder: &PrometheusRecorder) {
     recorder.describe_histogram("http_request_duration_seconds".into(), None, SharedString::const_str(text));
 }
 
-/// Neighbouring layers together.
+/// A range of consecutive layers.
 struct Band {
     first_layer: usize,
     last_layer: usize,

@@ -1,4 +1,4 @@
-//! What happens to every request: its id, its key, its line in the log.
+//! Processing common to all requests: request id, API key, log line.
 
 use std::any::Any;
 use std::time::Instant;
@@ -18,13 +18,13 @@ use crate::serve_error::ServeError;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Longest id that a client may give.
+/// Longest request id from a client.
 const MAX_ID_BYTES: usize = 128;
 
-/// Paths that need no key: signs of life, and the page, which asks for one.
+/// Paths that need no key: liveness checks, and the page, which asks for a key.
 const OPEN_PATHS: [&str; 5] = ["/", "/health", "/ready", "/version", "/openapi.json"];
 
-/// Put around all routes what happens to every request.
+/// Wrap all routes in the common processing.
 pub(crate) fn wrap(router: Router, state: &AppState, cors: CorsLayer) -> Router {
     router
         .layer(CatchPanicLayer::custom(panicked))
@@ -32,10 +32,10 @@ pub(crate) fn wrap(router: Router, state: &AppState, cors: CorsLayer) -> Router 
         .layer(cors)
 }
 
-/// Which pages of other origins may call.
+/// The origins whose pages may call the server.
 ///
 /// # Errors
-/// If an origin is none.
+/// If an origin is not valid.
 pub(crate) fn cors(origins: &[String]) -> Result<CorsLayer, ServeError> {
     let origin = if origins.iter().any(|origin| origin == "*") {
         AllowOrigin::any()
@@ -82,8 +82,8 @@ async fn every_request(State(state): State<AppState>, request: Request, next: Ne
     response
 }
 
-/// True if the request brings one of `keys`, or none is needed. How long this takes tells nothing about the keys but
-/// their lengths.
+/// True if the request has one of `keys`, or no key is required. The time taken depends on nothing but the lengths of the
+/// keys.
 fn is_known(keys: &[String], headers: &HeaderMap) -> bool {
     let given = headers.get(header::AUTHORIZATION).map_or(&b""[..], HeaderValue::as_bytes);
     let given = given.strip_prefix(b"Bearer ").unwrap_or_default();
@@ -123,6 +123,9 @@ mod tests {
         let _ = cors(&["https://example.org".to_owned(), "http://localhost:3000".to_owned()]).unwrap();
         let _ = cors(&["*".to_owned()]).unwrap();
         let error = cors(&["example.org".to_owned()]).unwrap_err().to_string();
-        assert_eq!(error, "CORS: \"example.org\" is no origin; an origin is like https://example.org, or * for all");
+        assert_eq!(
+            error,
+            "CORS: \"example.org\" is not an origin; an origin is like https://example.org, or * for all"
+        );
     }
 }

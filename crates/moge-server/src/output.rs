@@ -1,4 +1,4 @@
-//! What a model writes, taken apart as it comes: reasoning, answer and tool calls.
+//! Incremental parser of the model's output: reasoning, answer and tool calls.
 //!
 //! The text shows the model's special tokens as they stand, so everything is found in text:
 //!
@@ -25,22 +25,22 @@ pub(crate) use call::{MAX_NAME_LEN, is_name_char};
 pub(crate) use delta::Delta;
 use delta::Deltas;
 
-/// Takes one answer apart. What is held back is what may still be the beginning of a marker, or a tool call whose name
-/// is not known yet.
+/// Parser of one answer. It holds back text that may be the beginning of a marker, and a tool call whose name is not
+/// known yet.
 pub(crate) struct OutputParser {
     thinking: (&'static str, &'static str),
     architecture: Architecture,
     /// `None` if tool calls are ordinary text.
     tool_format: Option<ToolFormat>,
     place: Place,
-    /// Whitespace of which it is not known yet whether it is layout.
+    /// Whitespace that may be layout.
     blank: String,
-    /// What may become a marker: at least one character less than it.
+    /// Possible beginning of a marker, at least one character shorter than it.
     candidate: String,
     deltas: Deltas,
 }
 
-/// Where the next character stands.
+/// Position of the next character in the answer.
 enum Place {
     /// After nothing but whitespace.
     Start,
@@ -85,8 +85,7 @@ impl OutputParser {
         matches!(self.place, Place::Thinking { .. })
     }
 
-    /// What is certain after this further text. However a text is cut into pushes, the deltas put together are the
-    /// same.
+    /// Parse further text; returns what is now certain. The concatenated deltas do not depend on how the text is cut.
     pub(crate) fn push(&mut self, text: &str) -> Vec<Delta> {
         for c in text.chars() {
             self.step(c);
@@ -94,8 +93,7 @@ impl OutputParser {
         std::mem::take(&mut self.deltas.list)
     }
 
-    /// What was held back, now that the text is over. A tool call that had not shown its name and the beginning of its
-    /// arguments is content.
+    /// End the text; returns what was held back. A tool call without a name and the beginning of its arguments is content.
     pub(crate) fn finish(&mut self) -> Vec<Delta> {
         if let Place::Call(call) = &mut self.place {
             let held = call.take_held();
@@ -201,7 +199,7 @@ impl OutputParser {
         self.tool_format == Some(ToolFormat::Glm4) && at_start && is_name_char(c)
     }
 
-    /// What may be a call begins with this text.
+    /// A possible call begins with this text.
     fn open_call(&mut self, text: &str) {
         let Some(format) = self.tool_format else { return };
         let mut held = std::mem::take(&mut self.blank);
@@ -222,7 +220,7 @@ impl OutputParser {
         }
     }
 
-    /// Text that is no marker, after the whitespace that was held back.
+    /// Write text that is not a marker, after the whitespace that was held back.
     fn write(&mut self, text: &str) {
         let blank = std::mem::take(&mut self.blank);
         if matches!(self.place, Place::Thinking { .. }) {

@@ -1,4 +1,4 @@
-//! The fields that say how to continue a prompt, as clients write them, and as the engine takes them.
+//! Sampling fields of requests, and their conversion to the engine's parameters.
 
 use std::collections::BTreeMap;
 
@@ -37,7 +37,7 @@ pub(crate) struct SamplingFields {
     pub(crate) return_expert_ids: Option<bool>,
 }
 
-/// Fields that say what an answer must look like.
+/// Fields that restrict the form of an answer.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct FormatFields {
@@ -93,7 +93,7 @@ impl<T> OneOrMany<T> {
     }
 }
 
-/// How to stream.
+/// Options of a stream.
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct StreamOptions {
@@ -146,7 +146,7 @@ impl SamplingFields {
     /// ResponseStream to each of `num_prompts` prompts, with at most `max_answers` in all.
     ///
     /// # Errors
-    /// If that is none or too many, or `best_of` asks for more.
+    /// If that is 0 or too many, or `best_of` asks for more.
     pub(crate) fn num_answers(&self, num_prompts: usize, max_answers: usize) -> Result<usize, ApiError> {
         let n = self.n.unwrap_or(1);
         if num_prompts > max_answers {

@@ -1,4 +1,4 @@
-//! What is answered at which path.
+//! Paths and their handlers.
 
 mod chat;
 mod completions;
@@ -45,7 +45,7 @@ pub fn parse_request_body(bytes: &[u8]) {
     let _ = parse::<misc::DetokenizeFields, Nothing, Nothing>(bytes);
 }
 
-/// What answers all paths.
+/// The router of all paths.
 pub(crate) fn router(state: AppState) -> Router {
     let routes = routes().into_iter();
     routes

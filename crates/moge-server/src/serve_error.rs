@@ -1,25 +1,25 @@
-//! Why a server does not start, or stops by itself.
+//! Errors of a server.
 
 use std::net::SocketAddr;
 
 use thiserror::Error;
 
-/// Why a server does not start, or stops by itself.
+/// Error that prevents a server from starting, or ends it.
 #[derive(Debug, Error)]
 pub enum ServeError {
     /// It cannot listen.
     #[error("cannot listen at {address}: {source}")]
     Listen {
-        /// Where.
+        /// The address.
         address: SocketAddr,
-        /// What the system says.
+        /// The I/O error.
         source: std::io::Error,
     },
-    /// The system gives no threads or signals.
+    /// The system cannot start threads or handle signals.
     #[error("cannot start: {0}")]
     Start(#[from] std::io::Error),
-    /// An origin is none.
-    #[error("CORS: {0:?} is no origin; an origin is like https://example.org, or * for all")]
+    /// An origin is not valid.
+    #[error("CORS: {0:?} is not an origin; an origin is like https://example.org, or * for all")]
     Origin(String),
     /// The engine panicked.
     #[error("the engine has failed")]

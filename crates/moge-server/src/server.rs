@@ -20,13 +20,13 @@ use crate::routes::router;
 use crate::serve_error::ServeError;
 use crate::structured::markers::GrammarMarkers;
 
-/// Threads that speak HTTP. They have little to do, and the model wants the processors.
+/// Threads for HTTP. They have little to do, and the model needs the processors.
 const NUM_HTTP_THREADS: usize = 2;
 
 /// Threads that render, tokenise and compile grammars.
 const MAX_BLOCKING_THREADS: usize = 8;
 
-/// How long streams that were ended may take to say so.
+/// Time for ended streams to send their last events.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// A server that listens. Until it has a model it only says that it lives.
@@ -41,7 +41,7 @@ impl Server {
     /// Listen. `abort` ends the process when it is told to stop before there is a model.
     ///
     /// # Errors
-    /// If the address cannot be had, an origin is none, or the system gives no threads.
+    /// If the address cannot be bound, an origin is not valid, or the system cannot start threads.
     pub fn start(config: ServerConfig, abort: impl FnOnce() + Send + 'static) -> Result<Server, ServeError> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(NUM_HTTP_THREADS)
@@ -64,13 +64,13 @@ impl Server {
         Ok(Server { runtime, state, address, listening })
     }
 
-    /// Where it listens.
+    /// The address it listens at.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Serve `model` with an engine that computes on `cpu`, until the process is told to stop and what runs has ended. Calls
-    /// `ready` when requests are answered.
+    /// Serve `model` with an engine that computes on `cpu`, until the process is told to stop and all requests have ended.
+    /// Calls `ready` when requests are answered.
     ///
     /// # Errors
     /// If the engine fails.

@@ -1,7 +1,7 @@
-//! What an answer must look like, as one grammar in llguidance's dialect of Lark.
+//! Restrictions of an answer, as one grammar in llguidance's dialect of Lark.
 //!
 //! A request restricts its answer by `response_format` or one of vLLM's `guided_*` fields, and its tool calls by
-//! `tool_choice`. What is restricted is the answer alone: thinking that may come before it is free. Tool calls are
+//! `tool_choice`. Only the answer is restricted: thinking before it is free. Tool calls are
 //! written in the model's own form (see [`crate::output`]), with arguments that follow the tool's `parameters`.
 
 mod error;
@@ -24,7 +24,7 @@ pub(crate) struct StructuredFields<'a> {
     pub(crate) response_format: Option<&'a Value>,
     /// A JSON schema, or the text of one.
     pub(crate) guided_json: Option<&'a Value>,
-    /// What the whole answer must match.
+    /// A regular expression that the whole answer must match.
     pub(crate) guided_regex: Option<&'a str>,
     /// A Lark grammar with the rule `start`.
     pub(crate) guided_grammar: Option<&'a str>,
@@ -32,7 +32,7 @@ pub(crate) struct StructuredFields<'a> {
     pub(crate) guided_choice: Option<&'a [String]>,
 }
 
-/// Whether the model thinks before it answers.
+/// Thinking before the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ThinkingPhase {
     /// It answers at once.
@@ -138,7 +138,7 @@ fn lead_in(markers: &GrammarMarkers, thinking: ThinkingPhase) -> String {
         rules += &format!("opened_thinking: {} thinking\n", markers.thinking_open.lark());
     }
     if thinking != ThinkingPhase::Absent {
-        // What the model was trained to write between thinking and answer.
+        // The whitespace that the model was trained to write between thinking and answer.
         let gap = "(\"\\n\" | \"\\n\\n\")?";
         rules += &match &markers.thinking_close {
             Marker::Token(TokenId(id)) => format!("thinking: <[^{id}]>* <[{id}]> {gap}\n"),

@@ -1,4 +1,4 @@
-//! Messages of a chat, and the prompt they make.
+//! Messages of a chat, and their prompt.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use crate::input::{read_text_file, without_byte_order_mark};
 pub(crate) struct Conversation {
     messages: Vec<Value>,
     tools: Vec<Value>,
-    /// Whether the model is to think before it answers.
+    /// Thinking before the answer.
     pub(crate) thinking: Thinking,
 }
 

@@ -1,5 +1,5 @@
-//! Standard output and standard error. Either may be closed while we run, as `head` does: that is no defect of ours, and
-//! the panic of `println!` is no answer to it.
+//! Standard output and standard error. Either may be closed at any time, for example by `head`, which must not cause a
+//! panic as `println!` does.
 
 use std::fmt::Display;
 use std::io::{ErrorKind, Write};
@@ -17,7 +17,7 @@ pub(crate) fn print_line(line: impl Display) -> Result<()> {
     print(format_args!("{line}\n"))
 }
 
-/// Write to standard error. If that fails there is nobody to tell.
+/// Write to standard error; errors are ignored.
 pub(crate) fn say(text: impl Display) {
     let _ = write!(std::io::stderr().lock(), "{text}");
 }

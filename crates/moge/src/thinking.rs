@@ -2,10 +2,10 @@
 
 use moge_model::{Detokenizer, TokenId, Tokenizer};
 
-/// Which part of an answer a text belongs to.
+/// Part of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Part {
-    /// What the model writes before it answers.
+    /// Thinking before the answer.
     Thinking,
     /// The answer.
     Answer,

@@ -5,8 +5,7 @@ use std::path::Path;
 use moge_kernels::Cpu;
 use thiserror::Error;
 
-use crate::checkpoint::error::CheckpointError;
-use crate::checkpoint::error::TensorProblem;
+use crate::checkpoint::error::{CheckpointError, TensorProblem};
 use crate::checkpoint::quant_scheme::QuantScheme;
 use crate::checkpoint::reader::{Checkpoint, LoadMode};
 use crate::cost::NetworkCost;

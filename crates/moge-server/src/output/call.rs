@@ -9,12 +9,12 @@ use super::delta::Deltas;
 /// The longest name of a function, as OpenAI's API allows it.
 pub(crate) const MAX_NAME_LEN: usize = 64;
 
-/// Whether a function's name may contain this: what OpenAI's API allows, and dots.
+/// True for the characters of a function's name: those that OpenAI's API allows, and dots.
 pub(crate) fn is_name_char(c: char) -> bool {
     c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.')
 }
 
-/// How a call goes on after a character.
+/// State of a call after a character.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Progress {
     /// The character belongs to it, and it is not at its end.
@@ -34,7 +34,7 @@ pub(super) struct CallParser {
     expect: Expect,
     /// The value being read.
     scanner: Scanner,
-    /// Where that value begins in `held`.
+    /// Start of that value in `held`.
     value_start: usize,
     /// The name that is known: `held` has it as JSON (for GLM-4: as it is).
     name: Option<Range<usize>>,
@@ -46,7 +46,7 @@ pub(super) struct CallParser {
     has_announced: bool,
 }
 
-/// What comes next.
+/// The expected next element.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Expect {
     /// `[` of Pangu's list.
@@ -77,7 +77,7 @@ enum Expect {
     ArgumentsLine,
 }
 
-/// What a key of a call stands for.
+/// Meaning of a key of a call.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Field {
     Name,
@@ -111,7 +111,7 @@ impl CallParser {
         std::mem::take(&mut self.held)
     }
 
-    /// Whether a call has been announced.
+    /// True if a call has been announced.
     pub(super) fn has_announced(&self) -> bool {
         self.has_announced
     }
@@ -236,7 +236,7 @@ impl CallParser {
         Progress::More
     }
 
-    /// Hand out the name, and the arguments if they came before it. False if the name is none.
+    /// Hand out the name, and the arguments if they came before it. False if the name is not valid.
     fn announce(&mut self, deltas: &mut Deltas) -> bool {
         let name = self.name.take().map_or("", |range| &self.held[range]);
         let name = match self.format {

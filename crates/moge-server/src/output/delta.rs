@@ -1,6 +1,6 @@
-//! Pieces of an answer, put together as they come.
+//! Parts of an answer, and their accumulation.
 
-/// A further piece of an answer. The pieces of one kind, put together, are that part of the answer.
+/// A further part of an answer. All parts of one kind, concatenated, are that kind's text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Delta {
     /// Text of the model's thinking.
@@ -9,14 +9,14 @@ pub(crate) enum Delta {
     Content(String),
     /// A tool call begins.
     ToolCallStart {
-        /// Which one, from 0.
+        /// Index of the call, from 0.
         index: usize,
         /// The function that is called.
         name: String,
     },
     /// Text of a call's arguments: an object with its brackets in order, as the model wrote it, perhaps cut off.
     ToolCallArguments {
-        /// Which call, from 0; it has begun.
+        /// Index of the call, from 0; it has begun.
         index: usize,
         /// The text.
         text: String,

@@ -18,10 +18,10 @@ use crate::error::ApiError;
 use crate::output::Delta;
 use crate::params::{FormatFields, SamplingFields};
 
-/// What ids of answers begin with.
+/// Prefix of answer ids.
 const ID_PREFIX: &str = "chatcmpl-";
 
-/// What a part of a stream is called.
+/// Object type of a part of a stream.
 const CHUNK: &str = "chat.completion.chunk";
 
 /// Fields that only chat has.

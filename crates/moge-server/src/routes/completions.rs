@@ -20,7 +20,7 @@ use crate::params::{FormatFields, SamplingFields};
 use crate::structured::tools::ToolChoice;
 use crate::structured::{ThinkingPhase, grammar};
 
-/// What an answer and each part of a stream are called.
+/// Object type of an answer and of each part of a stream.
 const OBJECT: &str = "text_completion";
 
 /// Tokens of an answer unless the request says how many, as OpenAI has it.
@@ -39,7 +39,7 @@ pub(crate) struct CompletionFields {
     add_special_tokens: Option<bool>,
 }
 
-/// What is to be continued.
+/// The prompts to continue.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged, expecting = "must be a string, a list of strings, a list of token ids, or a list of such lists")]
 enum Prompts {
@@ -98,7 +98,7 @@ struct Choice {
     /// The prompt's text, until it has been written, if it is to be.
     echo: Option<String>,
     wants_logprobs: bool,
-    /// Nothing but the prompt is wanted.
+    /// Only the prompt is wanted.
     no_tokens: bool,
     /// Characters of the text that the tokens so far stand for.
     offset: usize,
@@ -202,7 +202,7 @@ struct Writer {
 }
 
 impl Writer {
-    /// What an output adds to its answer.
+    /// The part of an answer from one engine output.
     fn piece(&mut self, index: usize, output: &SequenceOutput) -> Result<TextDelta, ApiError> {
         let choice = &mut self.choices[index];
         if !choice.no_tokens {

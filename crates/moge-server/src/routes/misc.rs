@@ -1,4 +1,4 @@
-//! The small paths: models, tokens, and the server's own state.
+//! Small endpoints: models, tokens, and the server's state.
 
 use std::sync::Arc;
 
@@ -43,7 +43,7 @@ fn model_object(state: &AppState, serving: &Serving) -> Value {
     })
 }
 
-/// What is to be tokenised: a text, or messages.
+/// Input to tokenise: a text, or messages.
 #[derive(Debug, Deserialize)]
 pub(crate) struct TokenizeFields {
     model: Option<String>,

@@ -22,10 +22,10 @@ use crate::params::{FormatFields, SamplingFields};
 use input::{Input, chat_format, chat_messages, chat_tool_choice, chat_tools, in_own_names};
 use writer::Writer;
 
-/// What `include` may name that would need log-probabilities.
+/// Value of `include` that would need log-probabilities.
 const INCLUDE_LOGPROBS: &str = "message.output_text.logprobs";
 
-/// How hard to think; `none` turns thinking off, with the others the model thinks as it does by itself.
+/// Thinking effort; `none` turns thinking off, all other values leave the model's default.
 const EFFORTS: [&str; 6] = ["none", "minimal", "low", "medium", "high", "xhigh"];
 
 /// Fields that only responses have.
@@ -47,7 +47,7 @@ pub(crate) struct ResponsesFields {
     chat_template_kwargs: Option<Map<String, Value>>,
 }
 
-/// What the answer must look like.
+/// Form of the answer.
 #[derive(Debug, Default, Deserialize)]
 pub(crate) struct TextFields {
     format: Option<Value>,

@@ -1,4 +1,4 @@
-//! What a request may not ask of an answer's form.
+//! Errors of the fields that restrict an answer.
 
 use serde_json::Value;
 use thiserror::Error;
@@ -21,7 +21,7 @@ pub(crate) enum StructuredError {
         field: String,
         /// The value as JSON, shortened.
         value: String,
-        /// What it may be.
+        /// The allowed values.
         allowed: String,
     },
 }

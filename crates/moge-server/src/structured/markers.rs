@@ -4,7 +4,7 @@ use moge_model::{Architecture, TokenId, ToolFormat, thinking_delimiters};
 
 use super::lark::string;
 
-/// How a model marks its thinking and its tool calls, for grammars.
+/// A model's marks of thinking and tool calls, for grammars.
 #[derive(Clone, Debug)]
 pub(crate) struct GrammarMarkers {
     pub(super) architecture: Architecture,

@@ -19,7 +19,7 @@ pub(crate) struct Tool<'a> {
     parameters: Option<&'a Value>,
 }
 
-/// Whether tools are to be called.
+/// Choice of tool calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ToolChoice {
     /// No call; what looks like one is text.
@@ -78,8 +78,8 @@ fn check(index: usize, function: &Value) -> Result<Tool<'_>, StructuredError> {
 /// Check the field `tool_choice`; without it the model calls tools as it sees fit, if there are any.
 ///
 /// # Errors
-/// [`StructuredError::Field`] if it is none of those that OpenAI's API knows, names a tool that there is not, or asks
-/// for calls without tools.
+/// [`StructuredError::Field`] if it is not one of OpenAI's values, names an unknown tool, or requires calls without
+/// tools.
 pub(crate) fn tool_choice(choice: Option<&Value>, tools: &[Tool<'_>]) -> Result<ToolChoice, StructuredError> {
     let Some(value) = choice.filter(|choice| !choice.is_null()) else {
         return Ok(if tools.is_empty() { ToolChoice::None } else { ToolChoice::Auto });

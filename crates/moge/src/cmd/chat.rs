@@ -138,7 +138,7 @@ impl Chat<'_> {
             if text.is_empty() {
                 continue;
             }
-            // History is a convenience: losing a line of it is no reason to stop.
+            // A line missing from the history is not an error.
             let _ = editor.add_history_entry(text);
             if text == "/exit" || text == "/quit" {
                 break;
@@ -146,7 +146,7 @@ impl Chat<'_> {
             if let Some(command) = text.strip_prefix('/') {
                 self.command(command);
             } else if let Err(error) = self.answer(text) {
-                // Who types can go on after an error; a script cannot know of it.
+                // A user at a terminal can continue after an error; a script would not notice it.
                 if is_reader_gone(&error) || !std::io::stdin().is_terminal() {
                     return Err(error);
                 }

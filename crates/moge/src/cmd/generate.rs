@@ -88,7 +88,7 @@ struct InputLine {
 struct Prompt {
     tokens: Vec<TokenId>,
     max_tokens: usize,
-    /// File and line where it stands, if it is one of many.
+    /// File and line of the prompt, if it is one of many.
     place: Option<String>,
 }
 
@@ -171,7 +171,7 @@ fn read_input(file: &Path, max_tokens: usize, encode: impl Fn(&str) -> Result<Ve
     Ok(prompts)
 }
 
-/// Where answers go.
+/// Destination of the answers.
 enum Output<'a> {
     /// Text as it is made.
     Text,
@@ -179,7 +179,7 @@ enum Output<'a> {
     Json { files: &'a ModelFiles, load_time: Duration, bar: ProgressBar },
 }
 
-/// What the steps so far computed, and how long they took.
+/// Tokens and times of all steps so far.
 #[derive(Default)]
 struct Timings {
     prefill_tokens: usize,

@@ -34,7 +34,7 @@ pub(crate) struct ServeArgs {
     pub(crate) log_format: LogFormat,
 }
 
-/// What the log's lines are.
+/// Format of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum LogFormat {
     /// Text.
@@ -169,7 +169,7 @@ fn connections_allowed() -> usize {
     /// Files that are open for other purposes: the model's, standard ones, those of the runtime.
     const OTHERS: u64 = 128;
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    // Where there is no limit, none is returned.
+    // `None` means unlimited.
     let raised = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).is_ok();
     let limit = if raised { maximum } else { current };
     limit.map_or(usize::MAX, |limit| usize::try_from(limit.saturating_sub(OTHERS).max(1)).unwrap_or(usize::MAX))
@@ -201,11 +201,11 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
         "mib" => 1024.0 * 1024.0,
         "gib" => 1024.0 * 1024.0 * 1024.0,
         "tib" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
-        _ => return Err(format!("{unit:?} is no unit; allowed: B, kB, MB, GB, TB, KiB, MiB, GiB, TiB")),
+        _ => return Err(format!("{unit:?} is not a unit; allowed: B, kB, MB, GB, TB, KiB, MiB, GiB, TiB")),
     };
     match number.parse::<f64>() {
         Ok(number) if number * bytes_per_unit < u64::MAX as f64 => Ok((number * bytes_per_unit) as u64),
-        _ => Err(format!("{text:?} is no size such as 4GB or 512MiB")),
+        _ => Err(format!("{text:?} is not a size such as 4GB or 512MiB")),
     }
 }
 

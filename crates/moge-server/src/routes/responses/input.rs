@@ -1,4 +1,4 @@
-//! What a request for a response says in its own words, as chat says it.
+//! Conversion of a response request's fields to those of chat.
 
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::conversation::joined_texts;
 use crate::error::ApiError;
 
-/// What the model is to answer.
+/// The input to answer.
 #[derive(Debug, Deserialize)]
 #[serde(untagged, expecting = "must be a string or a list of items")]
 pub(super) enum Input {
@@ -96,7 +96,7 @@ fn text(path: &str, item: &Value, field: &str) -> Result<String, ApiError> {
 /// Tools, which say here directly what they say in `function` there.
 ///
 /// # Errors
-/// If one is no function.
+/// If one is not a function.
 pub(super) fn chat_tools(tools: Vec<Value>) -> Result<Vec<Value>, ApiError> {
     let tools = tools.into_iter().enumerate().map(|(index, mut tool)| match &mut tool {
         Value::Object(function) if function.get("type").is_some_and(|kind| kind == "function") => {
@@ -131,7 +131,7 @@ pub(super) fn chat_tool_choice(choice: Value) -> Result<Value, ApiError> {
 /// The format, with its schema where chat has it.
 ///
 /// # Errors
-/// If it is none.
+/// If it is not valid.
 pub(super) fn chat_format(format: Value) -> Result<Value, ApiError> {
     match format["type"].as_str() {
         Some("json_schema") => Ok(json!({ "type": "json_schema", "json_schema": { "schema": format["schema"] } })),

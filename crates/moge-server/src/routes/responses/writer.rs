@@ -11,7 +11,7 @@ use crate::output::Delta;
 
 /// Collects the response; what it tells on the way is the stream of it.
 pub(super) struct Writer {
-    /// What the ids are made of.
+    /// Common part of the ids.
     id: String,
     /// As OpenAI has it, but for its `output`.
     response: Map<String, Value>,
@@ -159,7 +159,7 @@ impl Writer {
         }
     }
 
-    /// What the item that is being written holds so far.
+    /// Contents so far of the item being written.
     fn open(&self) -> Option<&Content> {
         self.items.last().filter(|item| item.status == IN_PROGRESS).map(|item| &item.content)
     }

@@ -1,4 +1,4 @@
-//! One answer of an engine, and what it cost.
+//! One answer of an engine, with its statistics.
 
 use std::time::{Duration, Instant};
 
@@ -6,7 +6,7 @@ use anyhow::Result;
 use moge_engine::{Engine, FinishReason, Request, SeqId};
 use moge_model::{Cpu, TokenId};
 
-/// What an answer cost.
+/// Tokens and times of an answer.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Stats {
     pub(super) prompt_tokens: usize,
@@ -26,13 +26,13 @@ pub(super) struct Answering<'a> {
 
 impl Drop for Answering<'_> {
     fn drop(&mut self) {
-        // It has ended already unless there was an error or an interruption.
+        // Without effect if the sequence has ended: it has, unless there was an error or an interruption.
         self.engine.cancel(self.id);
     }
 }
 
 impl<'a> Answering<'a> {
-    /// Hand in `request`.
+    /// Submit `request`.
     pub(super) fn start(engine: &'a mut Engine, request: Request) -> Result<Answering<'a>> {
         let stats = Stats { prompt_tokens: request.prompt.len(), ..Stats::default() };
         let id = engine.add_request(request)?;

@@ -1,4 +1,4 @@
-//! Thinking and answer on their ways out.
+//! Output of thinking and answer.
 
 use std::io::IsTerminal;
 
@@ -8,7 +8,7 @@ use moge_model::TokenId;
 use crate::output::{print, print_line, say};
 use crate::thinking::{Part, ThinkingSplitter};
 
-/// What makes a terminal dim the text that follows, and what ends it.
+/// Terminal sequences that start and end dimmed text.
 const DIM: &str = "\x1b[2m";
 const UNDIM: &str = "\x1b[0m";
 
@@ -35,7 +35,7 @@ impl<'a> Printer<'a> {
     fn print(&mut self, part: Part, text: &str) -> Result<()> {
         match part {
             Part::Answer => {
-                // What separates the answer from the thinking is no part of it.
+                // Whitespace between thinking and answer belongs to neither.
                 let text = if self.answer.is_empty() { text.trim_start() } else { text };
                 if !text.is_empty() {
                     self.end_thinking()?;
