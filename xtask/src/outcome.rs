@@ -1,4 +1,4 @@
-//! How a step of `check` or `test` ended, and how many tests it ran.
+//! How a step ended, and the tests that it ran.
 
 use std::fmt;
 use std::io::{self, BufRead, BufReader, Write};
@@ -57,13 +57,13 @@ impl Tally {
     }
 
     /// Count one test binary, if `line` is its `test result: ok. 5 passed; 0 failed; ..`.
-    pub(crate) fn read_line(&mut self, line: &str) {
+    fn read_line(&mut self, line: &str) {
         let Some((_, counts)) = line.split_once("test result: ") else { return };
         let numbers = counts.split(|c: char| !c.is_ascii_digit()).filter_map(|digits| digits.parse::<u64>().ok());
         self.0.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number);
     }
 
-    pub(crate) fn passed(&self) -> u64 {
+    fn passed(&self) -> u64 {
         self.0[0]
     }
 }
@@ -72,5 +72,23 @@ impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let counts: Vec<String> = self.0.iter().zip(COUNTED).map(|(count, what)| format!("{count} {what}")).collect();
         f.write_str(&counts.join("; "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Tally;
+
+    #[test]
+    fn the_summaries_of_all_test_binaries_are_added_up() {
+        let mut tally = Tally::default();
+        tally.read_line(
+            "test result: ok. 7 passed; 0 failed; 2 ignored; 0 measured; 11 filtered out; finished in 0.31s",
+        );
+        tally.read_line("test weights::a_line_between ... ok");
+        tally.read_line(
+            "test result: FAILED. 5 passed; 1 failed; 0 ignored; 0 measured; 3 filtered out; finished in 4.00s",
+        );
+        assert_eq!(tally.to_string(), "12 passed; 1 failed; 2 ignored; 0 measured; 14 filtered out");
     }
 }

@@ -117,7 +117,7 @@ async fn read_all(body: Body, max_bytes: usize) -> Result<Vec<u8>, ApiError> {
 }
 
 /// Parse `bytes`. Unknown fields are named in the log; known fields that are not supported are refused.
-fn parse<A, B, C>(bytes: &[u8]) -> Result<Json<A, B, C>, ApiError>
+pub(crate) fn parse<A, B, C>(bytes: &[u8]) -> Result<Json<A, B, C>, ApiError>
 where
     A: DeserializeOwned,
     B: DeserializeOwned,

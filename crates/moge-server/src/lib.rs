@@ -25,5 +25,7 @@ mod server;
 mod structured;
 
 pub use app::{ServedModel, ServerConfig};
+#[doc(hidden)]
+pub use routes::parse_request_body;
 pub use serve_error::ServeError;
 pub use server::Server;

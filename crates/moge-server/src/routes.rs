@@ -34,6 +34,17 @@ fn routes() -> Vec<(&'static str, MethodRouter<AppState>)> {
     ]
 }
 
+/// Parse a body as that of each endpoint that takes one.
+pub fn parse_request_body(bytes: &[u8]) {
+    use crate::body::{Nothing, parse};
+    use crate::params::{FormatFields, SamplingFields};
+    let _ = parse::<chat::ChatFields, SamplingFields, FormatFields>(bytes);
+    let _ = parse::<completions::CompletionFields, SamplingFields, FormatFields>(bytes);
+    let _ = parse::<responses::ResponsesFields, SamplingFields, FormatFields>(bytes);
+    let _ = parse::<misc::TokenizeFields, Nothing, Nothing>(bytes);
+    let _ = parse::<misc::DetokenizeFields, Nothing, Nothing>(bytes);
+}
+
 /// The router of all paths.
 pub(crate) fn router(state: AppState) -> Router {
     let routes = routes().into_iter();

@@ -6,10 +6,10 @@
 mod args;
 mod cmd;
 mod conversation;
-mod frontend;
 mod input;
 mod interrupt;
 mod memory;
+mod model_files;
 mod output;
 mod progress;
 mod thinking;

@@ -12,6 +12,8 @@ use moge_train::TrainMemory;
 pub(crate) struct MemoryPlan {
     /// The checkpoint's files.
     pub(crate) weight_bytes: u64,
+    /// Copies of tensors that are not aligned for their type in the files. They never page.
+    pub(crate) copied_bytes: u64,
     /// Keys and values.
     pub(crate) kv_bytes: u64,
     /// Scratch memory of a step.
@@ -20,7 +22,8 @@ pub(crate) struct MemoryPlan {
 
 impl MemoryPlan {
     fn total_bytes(self) -> u64 {
-        self.weight_bytes.saturating_add(self.kv_bytes).saturating_add(self.workspace_bytes)
+        let parts = [self.weight_bytes, self.copied_bytes, self.kv_bytes, self.workspace_bytes];
+        parts.into_iter().fold(0, u64::saturating_add)
     }
 
     /// What must be in memory at once.
@@ -43,7 +46,7 @@ impl MemoryPlan {
         let advice = if self.weight_bytes > available_bytes && !weights_may_page {
             "the weights alone do not fit; --allow-paging runs mapped ones from disk, slowly".to_owned()
         } else {
-            let left = available_bytes.saturating_sub(resident.weight_bytes);
+            let left = available_bytes.saturating_sub(resident.weight_bytes.saturating_add(self.copied_bytes));
             format!("{} would be left for KV cache and workspace", DecimalBytes(left))
         };
         bail!("not enough memory: {self} needed, {} available; {advice}", DecimalBytes(available_bytes))
@@ -52,11 +55,15 @@ impl MemoryPlan {
 
 impl fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let MemoryPlan { weight_bytes, kv_bytes, workspace_bytes } = *self;
+        let MemoryPlan { weight_bytes, copied_bytes, kv_bytes, workspace_bytes } = *self;
         let total = DecimalBytes(self.total_bytes());
         let (weights, kv, workspace) =
             (DecimalBytes(weight_bytes), DecimalBytes(kv_bytes), DecimalBytes(workspace_bytes));
-        write!(f, "{total} (weights {weights} + KV cache {kv} + workspace {workspace})")
+        write!(f, "{total} (weights {weights}")?;
+        if copied_bytes > 0 {
+            write!(f, " + copies of unaligned weights {}", DecimalBytes(copied_bytes))?;
+        }
+        write!(f, " + KV cache {kv} + workspace {workspace})")
     }
 }
 
@@ -78,28 +85,28 @@ pub(crate) fn check_training(plan: TrainMemory, available_bytes: u64) -> Result<
 /// Memory that can be had without swapping, within the limits of the control groups we are in. `None` where the system
 /// does not tell.
 pub(crate) fn available_bytes() -> Option<u64> {
-    let available = mem_available(&std::fs::read_to_string("/proc/meminfo").ok()?)?;
-    Some(available.min(control_group_bytes().unwrap_or(u64::MAX)))
+    let system = mem_available(&std::fs::read_to_string("/proc/meminfo").ok()?)?;
+    let groups = std::fs::read_to_string("/proc/self/cgroup").ok();
+    let limit = groups.and_then(|groups| control_group_bytes(&groups, Path::new("/sys/fs/cgroup")));
+    Some(limit.map_or(system, |limit| system.min(limit)))
 }
 
-/// Bytes of the line `MemAvailable` of `/proc/meminfo`.
+/// `MemAvailable` in the text of `/proc/meminfo`.
 fn mem_available(meminfo: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
 }
 
-/// What the control groups (version 2) leave; page cache counts as free, as it does in `MemAvailable`.
-fn control_group_bytes() -> Option<u64> {
-    let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+/// Bytes that the control groups (version 2) leave, by the text of `/proc/self/cgroup` and the folder where the groups
+/// are mounted. Page cache counts as free, as it does in `MemAvailable`.
+fn control_group_bytes(groups: &str, root: &Path) -> Option<u64> {
     let own = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    let root = Path::new("/sys/fs/cgroup");
     let leaf = root.join(own);
     let levels = leaf.ancestors().take_while(|dir| dir.starts_with(root));
     levels.filter_map(control_group_level).min()
 }
 
-/// What the control group of the directory `dir` leaves; `None` if it has no limit.
 fn control_group_level(dir: &Path) -> Option<u64> {
     let number = |name: &str| std::fs::read_to_string(dir.join(name)).ok()?.trim().parse::<u64>().ok();
     let limit = number("memory.max")?;
@@ -114,7 +121,12 @@ mod tests {
 
     #[test]
     fn a_plan_that_does_not_fit_says_what_is_needed_and_what_is_there() {
-        let plan = MemoryPlan { weight_bytes: 12_000_000_000, kv_bytes: 3_000_000_000, workspace_bytes: 70_000_000 };
+        let plan = MemoryPlan {
+            weight_bytes: 12_000_000_000,
+            copied_bytes: 0,
+            kv_bytes: 3_000_000_000,
+            workspace_bytes: 70_000_000,
+        };
         plan.check(15_070_000_000, false).unwrap();
         let error = plan.check(15_000_000_000, false).unwrap_err().to_string();
         let expected = "not enough memory: 15.07 GB (weights 12.00 GB + KV cache 3.00 GB + workspace 70.00 MB) needed, \
@@ -137,33 +149,34 @@ mod tests {
     }
 
     #[test]
-    fn the_system_tells_what_is_available_in_kibibytes() {
-        let text =
-            "MemTotal:       24689764 kB\nMemFree:         1000000 kB\nMemAvailable:   20000000 kB\nBuffers: 5 kB\n";
-        assert_eq!(mem_available(text), Some(20_480_000_000));
-        for wrong in [
-            "",
-            "MemFree: 5 kB\n",
-            "MemAvailable: 5\n",
-            "MemAvailable: many kB\n",
-            "MemAvailable: 18446744073709551615 kB",
-        ] {
-            assert_eq!(mem_available(wrong), None, "{wrong}");
+    fn available_memory_is_read_in_kib_or_not_at_all() {
+        let meminfo =
+            "MemTotal:       24689764 kB\nMemFree:         1000000 kB\nMemAvailable:   23456789 kB\nBuffers: 7 kB\n";
+        assert_eq!(mem_available(meminfo), Some(23_456_789 * 1024));
+        for unreadable in ["", "MemFree: 5 kB\n", "MemAvailable: 5 MB\n", "MemAvailable: 18446744073709551615 kB\n"] {
+            assert_eq!(mem_available(unreadable), None, "{unreadable}");
         }
     }
 
     #[test]
-    fn a_control_group_leaves_its_limit_less_what_is_used_but_for_page_cache() {
-        let dir = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
-        write("memory.current", "7000000\n");
-        write("memory.stat", "anon 5000000\nfile 1500000\nkernel 1\n");
-        assert_eq!(control_group_level(dir.path()), None, "without a limit");
-        write("memory.max", "max\n");
-        assert_eq!(control_group_level(dir.path()), None);
-        write("memory.max", "9000000\n");
-        assert_eq!(control_group_level(dir.path()), Some(3_500_000));
-        write("memory.max", "5000000\n");
-        assert_eq!(control_group_level(dir.path()), Some(0), "more is used than allowed");
+    fn the_tightest_control_group_above_us_limits_memory_and_page_cache_counts_as_free() {
+        let folder = tempfile::tempdir().unwrap();
+        let group = |path: &str, max: &str, current: u64, file_cache: u64| {
+            let dir = folder.path().join(path);
+            std::fs::create_dir_all(&dir).unwrap();
+            std::fs::write(dir.join("memory.max"), format!("{max}\n")).unwrap();
+            std::fs::write(dir.join("memory.current"), format!("{current}\n")).unwrap();
+            std::fs::write(dir.join("memory.stat"), format!("anon 5\nfile {file_cache}\nkernel 3\n")).unwrap();
+        };
+        group("a", "9000", 5000, 1000);
+        group("a/b", "max", 4000, 900);
+        group("a/b/c", "7000", 1500, 300);
+        group("other", "1", 1, 0);
+        let left = |groups: &str| control_group_bytes(groups, folder.path());
+        assert_eq!(left("0::/a/b/c\n"), Some(5000), "the group `a` leaves less than `c`");
+        assert_eq!(left("1:memory:/x\n0::/a\n"), Some(5000));
+        assert_eq!(left("0::/a/b/c/d\n"), Some(5000), "a group without limit of its own");
+        assert_eq!(left("0::/\n"), None);
+        assert_eq!(left("1:memory:/a\n"), None, "version 1");
     }
 }

@@ -4,13 +4,15 @@
 
 mod serving;
 
+use std::fs;
+use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use serving::{Connection, Server};
+use serving::{Connection, Server, serve, wait_for};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
@@ -37,8 +39,10 @@ fn clients_that_vanish_give_their_blocks_back() {
     }
     assert!(server.metric("kv_cache_usage_perc") > 0.0);
     clients.into_iter().for_each(Connection::vanish);
+    let start = Instant::now();
     server.wait_until_idle();
     assert!(server.get("/metrics").text().contains("finished_reason=\"abort\"}"));
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     server.check_serves();
 }
 
@@ -54,16 +58,20 @@ fn half_open_connections_hold_up_nobody_and_bodies_that_never_come_get_408() {
     for connection in &mut without_head {
         connection.send(b"POST /v1/comple").unwrap();
     }
-    server.check_serves();
-    // Others were served while these were waited for: there is still time for the rest of a body.
-    let mut in_time = without_body.remove(0);
-    in_time.send(format!("{:89}", "\"a\", \"max_tokens\": 1}").as_bytes()).unwrap();
-    assert_eq!(in_time.receive().unwrap().status, 200);
-    for mut connection in without_body {
-        let response = connection.receive().unwrap();
-        assert_eq!(response.status, 408, "{}", response.text());
-        assert!(connection.is_closed());
-    }
+    let num_refused = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for mut connection in without_body {
+            let num_refused = &num_refused;
+            scope.spawn(move || {
+                let response = connection.receive().unwrap();
+                num_refused.fetch_add(1, Ordering::Relaxed);
+                assert_eq!(response.status, 408, "{}", response.text());
+                assert!(connection.is_closed());
+            });
+        }
+        server.check_serves();
+        assert_eq!(num_refused.load(Ordering::Relaxed), 0, "others are served while these are waited for");
+    });
     // It is late, but not too late.
     let late = &mut without_head[0];
     late.send(b"tions HTTP/1.1\r\nhost: test\r\ncontent-length: 0\r\n\r\n").unwrap();
@@ -378,4 +386,75 @@ fn of_ten_thousand_requests_some_are_told_to_come_again_and_all_others_answered(
     assert!(num_answered > 0 && num_refused > 0, "{num_answered} answered, {num_refused} refused");
     server.wait_until_idle();
     server.check_serves();
+}
+
+#[test]
+fn a_second_server_at_a_port_says_so_before_it_loads() {
+    let server = Server::start(&[]);
+    let folder = tempfile::tempdir().unwrap();
+    let start = Instant::now();
+    let output = serve(&server.address.port().to_string()).env("TMPDIR", folder.path()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(stderr.starts_with(&format!("error: cannot listen at {}: ", server.address)), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    server.check_serves();
+}
+
+#[test]
+fn a_key_file_without_keys_is_refused_and_other_keys_open_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys");
+    for content in [None, Some(&b""[..]), Some(b"# none yet\n\n"), Some(b"\xff\xfe\n")] {
+        if let Some(content) = content {
+            fs::write(&file, content).unwrap();
+        }
+        let output = serve("0").arg("--api-key-file").arg(&file).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{content:?}");
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(stderr.starts_with(&format!("error: {}: ", file.display())), "{stderr}");
+    }
+    fs::write(&file, "# ours\none\nother-key\n").unwrap();
+    let server = Server::start(&["--api-key-file", file.to_str().unwrap()]);
+    for (status, header) in [
+        (200, "authorization: Bearer one\r\n"),
+        (200, "authorization: Bearer other-key\r\n"),
+        (401, "authorization: Bearer on\r\n"),
+        (401, "authorization: Bearer # ours\r\n"),
+        (401, "authorization: Bearer \r\n"),
+        (401, "authorization: Basic one\r\n"),
+        (401, "authorization: \u{ff}\r\n"),
+        (401, ""),
+    ] {
+        let mut connection = server.connect();
+        let body = b"{\"prompt\": \"a\", \"max_tokens\": 2}";
+        connection.send_head(COMPLETIONS, body.len(), header).unwrap();
+        connection.send(body).unwrap();
+        assert_eq!(connection.receive().unwrap().status, status, "{header:?}");
+    }
+    assert_eq!(server.get("/health").status, 200);
+    assert_eq!(server.get("/metrics").status, 401);
+}
+
+#[test]
+fn a_server_without_file_descriptors_goes_on_when_there_are_some_again() {
+    let command = serve("0");
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -n 160 && exec \"$0\" \"$@\""]).arg(command.get_program()).args(command.get_args());
+    let server = Server::spawn(limited);
+    let mut early = server.connect();
+    early.send(b"GET /health HT").unwrap();
+    // The system takes more connections than the server can have.
+    let crowd: Vec<Connection> = (0..250).map(|_| server.connect()).collect();
+    wait_for("descriptors to run out", || server.log().contains("no connection").then_some(()));
+    early.send(b"TP/1.1\r\nhost: test\r\n\r\n").unwrap();
+    assert_eq!(early.receive().unwrap().status, 200, "who is in is served");
+    drop(crowd);
+    // Until it has seen that they are gone, it has too many connections.
+    wait_for("room", || {
+        let response = server.post(COMPLETIONS, &json!({ "prompt": "a", "max_tokens": 2 }));
+        (response.status == 200).then_some(())
+    });
+    assert_eq!(server.log().matches("no connection").count(), 1, "{}", server.log());
 }

@@ -17,13 +17,14 @@ use clap::{Args, Subcommand, ValueEnum};
 use moge_kernels::MemoryRead;
 use moge_model::{Cpu, KvType, LayerFormats, Model, ModelConfig, QuantScheme, StepOutput, Workspace, format_name};
 
-use self::case::{Case, Numbers, RandomTokens};
+use self::case::{Case, Precisions, RandomTokens};
 use self::measure::{Bench, Effort};
 use self::report::{Report, StartReport};
 use self::serve::ServeBenchArgs;
 use self::train::TrainBenchArgs;
-use crate::frontend::{Frontend, ModelArgs};
+use crate::args::ModelArgs;
 use crate::interrupt::Interrupt;
+use crate::model_files::ModelFiles;
 use crate::output::print_line;
 
 /// Most sequences of a case.
@@ -108,23 +109,23 @@ fn run_model(args: &BenchArgs) -> Result<()> {
     // Without files to remove, Ctrl-C may end the program as it ends any other.
     let interrupt = args.model.is_synthetic().then(Interrupt::install).transpose()?;
     let mut opened = Instant::now();
-    let frontend = args.model.open(interrupt.as_ref())?;
+    let files = ModelFiles::of(&args.model, interrupt.as_ref())?;
     if args.model.is_synthetic() {
         // Making a checkpoint is no part of starting one.
         opened = Instant::now();
     }
     let cases = args.cases();
-    let numbers = Numbers { activation: frontend.activation(&args.model), kv: frontend.kv_type(&args.model) };
-    check(args, &frontend, &cases, numbers.kv)?;
-    let (model, cpu) = frontend.load_model(&args.model)?;
-    let start = args.start.then(|| time_start(&model, &cpu, numbers, opened));
-    let bench = Bench::new(&model, &cpu, numbers);
+    let precisions = Precisions { activation: files.activation(&args.model), kv: files.kv_type(&args.model) };
+    check(args, &files, &cases, precisions.kv)?;
+    let (model, cpu) = files.load_model(&args.model)?;
+    let start = args.start.then(|| time_start(&model, &cpu, precisions, opened));
+    let bench = Bench::new(&model, &cpu, precisions);
     let is_table = args.format == Format::Table;
     let mut report = Report {
-        model: frontend.dir.display().to_string(),
+        model: files.dir.display().to_string(),
         weights: weights_label(model.config()),
-        activations: label(numbers.activation),
-        kv: label(numbers.kv),
+        activations: label(precisions.activation),
+        kv: label(precisions.kv),
         isa: cpu.isa().name(),
         threads: cpu.num_threads(),
         ceilings: bench.ceilings.report(),
@@ -168,27 +169,27 @@ fn weights_label(config: &ModelConfig) -> String {
 }
 
 /// Compute the first token of a prompt. `opened` is when the first file was.
-fn time_start(model: &Model, cpu: &Cpu, numbers: Numbers, opened: Instant) -> StartReport {
+fn time_start(model: &Model, cpu: &Cpu, precisions: Precisions, opened: Instant) -> StartReport {
     let loaded = Instant::now();
     let config = model.config();
     let case = Case::Prefill { tokens: START_TOKENS.min(config.max_position_embeddings), prompts: 1 };
-    let mut kv_cache = case.kv_cache(cpu, config, numbers);
-    let mut work = case.workspace(cpu, config, numbers);
+    let mut kv_cache = case.kv_cache(cpu, config, precisions);
+    let mut work = case.workspace(cpu, config, precisions);
     let step = case.step(0, &mut RandomTokens::new(config.vocab_size));
     model.forward(cpu, &step, &mut kv_cache, &mut work, &mut StepOutput::default());
     StartReport::new(case.tokens(), loaded - opened, loaded.elapsed())
 }
 
 /// Refuse before the weights are loaded what is too long or too large.
-fn check(args: &BenchArgs, frontend: &Frontend, cases: &[Case], kv: KvType) -> Result<()> {
-    let config = &frontend.config;
+fn check(args: &BenchArgs, files: &ModelFiles, cases: &[Case], kv: KvType) -> Result<()> {
+    let config = &files.config;
     cases.iter().try_for_each(|case| case.check(config))?;
     let num_threads = args.model.num_threads();
     // Cases run one after another.
     let kv_bytes = cases.iter().map(|case| case.kv_bytes(config, kv)).max().unwrap_or(0);
     let workspace_bytes =
         cases.iter().map(|case| Workspace::bytes(config, case.limits(num_threads))).max().unwrap_or(0);
-    frontend.check_memory(&args.model, kv_bytes, workspace_bytes.saturating_add(MemoryRead::bytes(num_threads)))?;
+    files.check_memory(&args.model, kv_bytes, workspace_bytes.saturating_add(MemoryRead::bytes(num_threads)))?;
     Ok(())
 }
 

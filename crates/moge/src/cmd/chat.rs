@@ -16,9 +16,10 @@ use rustyline::error::ReadlineError;
 use answering::{Answering, Stats};
 use printer::Printer;
 
+use crate::args::{ModelArgs, SamplingArgs};
 use crate::conversation::Conversation;
-use crate::frontend::{Loaded, ModelArgs, SamplingArgs};
 use crate::interrupt::Interrupt;
+use crate::model_files::{Loaded, ModelFiles};
 use crate::output::{is_reader_gone, one_line, say_line};
 use crate::thinking::ThinkingSplitter;
 
@@ -73,13 +74,13 @@ impl From<Switch> for Thinking {
 /// Run `moge chat`.
 pub(crate) fn run(args: &ChatArgs) -> Result<()> {
     let interrupt = Interrupt::install()?;
-    let frontend = args.model.open(Some(&interrupt))?;
-    let tokenizer = Arc::clone(frontend.tokenizer()?);
-    let template = frontend.chat_template()?;
-    let params = SamplingParams { max_tokens: args.max_tokens, ..args.sampling.params(&frontend.defaults) };
-    params.validate(frontend.config.vocab_size)?;
-    let context = args.context.min(frontend.config.max_position_embeddings);
-    let Loaded { engine, cpu, .. } = frontend.load(&args.model, &[context])?;
+    let files = ModelFiles::of(&args.model, Some(&interrupt))?;
+    let tokenizer = Arc::clone(files.tokenizer()?);
+    let template = files.chat_template()?;
+    let params = SamplingParams { max_tokens: args.max_tokens, ..args.sampling.params(&files.defaults) };
+    params.validate(files.config.vocab_size)?;
+    let context = args.context.min(files.config.max_position_embeddings);
+    let Loaded { engine, cpu, .. } = files.load(&args.model, &[context])?;
     let mut conversation = Conversation::default();
     conversation.thinking = args.think.map_or(Thinking::Default, Thinking::from);
     conversation.set_system(args.system.as_deref().unwrap_or_default());
@@ -89,7 +90,7 @@ pub(crate) fn run(args: &ChatArgs) -> Result<()> {
         engine,
         cpu,
         tokenizer: &tokenizer,
-        thinking_tokens: thinking_tokens(&tokenizer, frontend.config.architecture),
+        thinking_tokens: thinking_tokens(&tokenizer, files.config.architecture),
         template,
         conversation,
         params,

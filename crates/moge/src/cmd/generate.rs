@@ -13,9 +13,10 @@ use moge_model::{Cpu, Prefix, TokenId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::frontend::{Frontend, Loaded, ModelArgs, SamplingArgs, parse_token_id};
+use crate::args::{ModelArgs, SamplingArgs, parse_token_id};
 use crate::input::{read_text_file, without_byte_order_mark};
 use crate::interrupt::Interrupt;
+use crate::model_files::{Loaded, ModelFiles};
 use crate::output::{print, print_line};
 use crate::progress;
 
@@ -100,29 +101,29 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     }
     // Without files to remove, Ctrl-C may end the program as it ends any other.
     let interrupt = args.model.is_synthetic().then(Interrupt::install).transpose()?;
-    let frontend = args.model.open(interrupt.as_ref())?;
+    let files = ModelFiles::of(&args.model, interrupt.as_ref())?;
     let params = SamplingParams {
         logprobs: args.logprobs,
         prompt_logprobs: args.prompt_logprobs,
-        ..args.sampling.params(&frontend.defaults)
+        ..args.sampling.params(&files.defaults)
     };
-    let prompts = prompts(args, &frontend)?;
-    let context = frontend.config.max_position_embeddings;
+    let prompts = prompts(args, &files)?;
+    let context = files.config.max_position_embeddings;
     let sequence_tokens: Vec<usize> =
         prompts.iter().map(|prompt| (prompt.tokens.len().saturating_add(prompt.max_tokens)).min(context)).collect();
-    check_prompts(&prompts, &params, &frontend)?;
-    let Loaded { mut engine, cpu, load_time, .. } = frontend.load(&args.model, &sequence_tokens)?;
+    check_prompts(&prompts, &params, &files)?;
+    let Loaded { mut engine, cpu, load_time, .. } = files.load(&args.model, &sequence_tokens)?;
     let bar = if many { progress::items("prompts", prompts.len()) } else { ProgressBar::hidden() };
-    let output = if text_only { Output::Text } else { Output::Json { frontend: &frontend, load_time, bar } };
+    let output = if text_only { Output::Text } else { Output::Json { files: &files, load_time, bar } };
     generate(&mut engine, &cpu, prompts, &params, &output)
 }
 
 /// Refuse before the weights are loaded what the engine would refuse after.
-fn check_prompts(prompts: &[Prompt], params: &SamplingParams, frontend: &Frontend) -> Result<()> {
+fn check_prompts(prompts: &[Prompt], params: &SamplingParams, files: &ModelFiles) -> Result<()> {
     for Prompt { tokens, max_tokens, place } in prompts {
         let sampling = SamplingParams { max_tokens: Some(*max_tokens), ..params.clone() };
         let request = Request { prompt: tokens.clone(), sampling, grammar: None };
-        let checked = request.validate(frontend.config.vocab_size, frontend.config.max_position_embeddings);
+        let checked = request.validate(files.config.vocab_size, files.config.max_position_embeddings);
         match place {
             Some(place) => checked.with_context(|| place.clone())?,
             None => checked?,
@@ -131,8 +132,8 @@ fn check_prompts(prompts: &[Prompt], params: &SamplingParams, frontend: &Fronten
     Ok(())
 }
 
-fn prompts(args: &GenerateArgs, frontend: &Frontend) -> Result<Vec<Prompt>> {
-    let encode = |text: &str| Ok::<_, anyhow::Error>(frontend.tokenizer()?.encode(text, Prefix::Add)?);
+fn prompts(args: &GenerateArgs, files: &ModelFiles) -> Result<Vec<Prompt>> {
+    let encode = |text: &str| Ok::<_, anyhow::Error>(files.tokenizer()?.encode(text, Prefix::Add)?);
     let source = &args.source;
     if let Some(file) = &source.input {
         return read_input(file, args.max_tokens, encode);
@@ -175,7 +176,7 @@ enum Output<'a> {
     /// Text as it is made.
     Text,
     /// A JSON line for each prompt, in order, as soon as it and those before it are answered.
-    Json { frontend: &'a Frontend, load_time: Duration, bar: ProgressBar },
+    Json { files: &'a ModelFiles, load_time: Duration, bar: ProgressBar },
 }
 
 /// Tokens and times of all steps so far.
@@ -251,8 +252,8 @@ fn generate(
         {
             match output {
                 Output::Text => print_line("")?,
-                Output::Json { frontend, load_time, bar } => {
-                    let line = generation.to_json(frontend, &timings, *load_time);
+                Output::Json { files, load_time, bar } => {
+                    let line = generation.to_json(files, &timings, *load_time);
                     bar.suspend(|| print_line(line))?;
                     bar.inc(1);
                 }
@@ -278,9 +279,8 @@ impl Generation {
         Ok(())
     }
 
-    fn to_json(&self, frontend: &Frontend, timings: &Timings, load_time: Duration) -> Value {
-        let piece =
-            |token: TokenId| frontend.tokenizer().map(|tokenizer| tokenizer.token_text(token)).unwrap_or_default();
+    fn to_json(&self, files: &ModelFiles, timings: &Timings, load_time: Duration) -> Value {
+        let piece = |token: TokenId| files.tokenizer().map(|tokenizer| tokenizer.token_text(token)).unwrap_or_default();
         let entry = |token: TokenId, row: &RowLogprobs| {
             let top: Vec<Value> =
                 row.top.iter().map(|top| json!({ "token": top.token, "logprob": top.logprob })).collect();
@@ -289,7 +289,7 @@ impl Generation {
         let tokens: Vec<TokenId> = self.sampled.iter().map(|sampled| sampled.token).collect();
         let (num_prompt, num_sampled) = (self.prompt.len(), tokens.len());
         let mut object = json!({
-            "model": frontend.dir.display().to_string(),
+            "model": files.dir.display().to_string(),
             "prompt_tokens": self.prompt,
             "tokens": tokens,
             "text": self.text,

@@ -9,9 +9,10 @@ use indicatif::DecimalBytes;
 use moge_model::{Checkpoint, Prefix, TokenId};
 use moge_quant::{Evaluation, Side};
 
-use crate::frontend::{Frontend, ModelArgs, parse_token_id};
+use crate::args::{ModelArgs, parse_token_id};
 use crate::input::read_text_file;
 use crate::interrupt::Interrupt;
+use crate::model_files::ModelFiles;
 use crate::{output, progress};
 
 /// Measure how well a model predicts a text, and how far a quantised model is from its original
@@ -60,8 +61,8 @@ const DEFAULT_CONTEXT: usize = 512;
 /// Evaluate as `args` say, and print.
 pub(crate) fn run(args: &PerplexityArgs) -> Result<()> {
     let interrupt = args.model.is_synthetic().then(Interrupt::install).transpose()?;
-    let model = args.model.open(interrupt.as_ref())?;
-    let baseline = args.baseline.as_deref().map(Frontend::open).transpose()?;
+    let model = ModelFiles::of(&args.model, interrupt.as_ref())?;
+    let baseline = args.baseline.as_deref().map(ModelFiles::open).transpose()?;
     let context = args.context(&model, baseline.as_ref())?;
     let (windows, num_given) = args.windows(&model, context)?;
     let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
@@ -97,7 +98,7 @@ pub(crate) fn run(args: &PerplexityArgs) -> Result<()> {
 
 impl PerplexityArgs {
     /// Tokens of a window.
-    fn context(&self, model: &Frontend, baseline: Option<&Frontend>) -> Result<usize> {
+    fn context(&self, model: &ModelFiles, baseline: Option<&ModelFiles>) -> Result<usize> {
         let mut max = model.config.max_position_embeddings;
         if let Some(baseline) = baseline {
             max = max.min(baseline.config.max_position_embeddings);
@@ -113,7 +114,7 @@ impl PerplexityArgs {
     }
 
     /// The windows, and how many tokens of each are given.
-    fn windows(&self, model: &Frontend, context: usize) -> Result<(Vec<Vec<TokenId>>, usize)> {
+    fn windows(&self, model: &ModelFiles, context: usize) -> Result<(Vec<Vec<TokenId>>, usize)> {
         let (prefix, tokens) = match (&self.text.file, &self.text.tokens) {
             (Some(file), _) => {
                 let tokenizer = model.tokenizer()?;
@@ -140,9 +141,15 @@ impl PerplexityArgs {
 }
 
 /// Refuse what does not fit into memory: both models at once.
-fn check_memory(args: &PerplexityArgs, model: &Frontend, baseline: Option<&Frontend>, context: usize) -> Result<()> {
-    let bytes =
-        |side: &Frontend, args: &ModelArgs| Side::bytes(&side.config, side.kv_type(args), context, args.num_threads());
+fn check_memory(
+    args: &PerplexityArgs,
+    model: &ModelFiles,
+    baseline: Option<&ModelFiles>,
+    context: usize,
+) -> Result<()> {
+    let bytes = |side: &ModelFiles, args: &ModelArgs| {
+        Side::bytes(&side.config, side.kv_type(args), context, args.num_threads())
+    };
     let (kv_bytes, workspace_bytes) = bytes(model, &args.model);
     let Some(baseline) = baseline else {
         return model.check_memory(&args.model, kv_bytes, workspace_bytes).map(|_| ());

@@ -12,8 +12,9 @@ use moge_model::eos_token_ids;
 use moge_server::{ServedModel, Server, ServerConfig};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::frontend::{Frontend, Loaded, MAX_BATCHED_TOKENS, ModelArgs, ServingLimits};
+use crate::args::ModelArgs;
 use crate::interrupt::Interrupt;
+use crate::model_files::{Loaded, MAX_BATCHED_TOKENS, ModelFiles, ServingLimits};
 use crate::output::say_line;
 
 /// Serve a model over HTTP, as OpenAI's API does
@@ -111,8 +112,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     if !address.ip().is_loopback() && args.listen.api_key_file.is_none() {
         tracing::warn!("anybody who reaches {address} may use the model; --api-key-file asks for a key");
     }
-    let frontend = args.model.open(Some(&interrupt))?;
-    let (Loaded { engine, cpu, .. }, model) = args.load(&frontend)?;
+    let files = ModelFiles::of(&args.model, Some(&interrupt))?;
+    let (Loaded { engine, cpu, .. }, model) = args.load(&files)?;
     let ready = format!("{} is ready at http://{address}", model.name);
     server.run(engine, cpu, model, || say_line(format_args!("{ready}")))?;
     Ok(())
@@ -137,8 +138,8 @@ impl ServeArgs {
         })
     }
 
-    fn load(&self, frontend: &Frontend) -> Result<(Loaded, ServedModel)> {
-        let tokenizer = frontend.tokenizer()?.clone();
+    fn load(&self, files: &ModelFiles) -> Result<(Loaded, ServedModel)> {
+        let tokenizer = files.tokenizer()?.clone();
         let limits = ServingLimits {
             max_model_len: self.limits.max_model_len,
             max_batched_tokens: self.limits.max_batch_tokens,
@@ -146,15 +147,15 @@ impl ServeArgs {
             max_waiting: self.limits.max_waiting,
             kv_bytes: self.limits.kv_memory,
         };
-        let eos = eos_token_ids(&frontend.config.eos_token_ids, &frontend.defaults, Some(&tokenizer));
-        let grammars = GrammarCompiler::new(&tokenizer, frontend.config.vocab_size, &eos)?;
-        let loaded = frontend.load_for_serving(&self.model, &limits)?;
-        let name = self.listen.served_name.clone().unwrap_or_else(|| frontend.name());
+        let eos = eos_token_ids(&files.config.eos_token_ids, &files.defaults, Some(&tokenizer));
+        let grammars = GrammarCompiler::new(&tokenizer, files.config.vocab_size, &eos)?;
+        let loaded = files.load_for_serving(&self.model, &limits)?;
+        let name = self.listen.served_name.clone().unwrap_or_else(|| files.name());
         let model = ServedModel {
             name,
             tokenizer,
-            chat_template: frontend.chat_template(),
-            defaults: frontend.defaults.clone(),
+            chat_template: files.chat_template(),
+            defaults: files.defaults.clone(),
             config: loaded.engine.model().config().clone(),
             max_model_len: loaded.max_sequence_tokens,
             grammars,

@@ -7,8 +7,8 @@ use clap::Args;
 use moge_model::{ChatTemplate, ModelConfig, Prefix, TokenId, Tokenizer};
 use serde_json::json;
 
+use crate::args::parse_token_id;
 use crate::conversation::Conversation;
-use crate::frontend::parse_token_id;
 use crate::input::read_standard_input;
 use crate::output;
 

@@ -9,11 +9,11 @@ use moge_model::{
 };
 
 use super::random::Random;
-use crate::frontend::MAX_BATCHED_TOKENS;
+use crate::model_files::MAX_BATCHED_TOKENS;
 
 /// How activations and KV cache are stored.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Numbers {
+pub(crate) struct Precisions {
     pub(crate) activation: Precision,
     pub(crate) kv: KvType,
 }
@@ -89,8 +89,8 @@ impl Case {
 
     /// A KV cache for its sequences. The context holds random numbers: blocks that were never written would all be one
     /// page of zeros, which costs nothing to read.
-    pub(crate) fn kv_cache(self, cpu: &Cpu, config: &ModelConfig, numbers: Numbers) -> KvCache {
-        let mut kv_cache = KvCache::new(config, numbers.kv, self.num_blocks());
+    pub(crate) fn kv_cache(self, cpu: &Cpu, config: &ModelConfig, precisions: Precisions) -> KvCache {
+        let mut kv_cache = KvCache::new(config, precisions.kv, self.num_blocks());
         let width = config.kv_size();
         let mut random = Random(0);
         let mut rows = || -> Vec<f32> { (0..BLOCK_SIZE * width).map(|_| random.next_unit()).collect() };
@@ -108,8 +108,8 @@ impl Case {
     }
 
     /// Scratch memory for its steps.
-    pub(crate) fn workspace(self, cpu: &Cpu, config: &ModelConfig, numbers: Numbers) -> Workspace {
-        Workspace::new(config, numbers.activation, self.limits(cpu.num_threads()))
+    pub(crate) fn workspace(self, cpu: &Cpu, config: &ModelConfig, precisions: Precisions) -> Workspace {
+        Workspace::new(config, precisions.activation, self.limits(cpu.num_threads()))
     }
 
     /// Steps of one repetition.

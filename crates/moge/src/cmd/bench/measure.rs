@@ -5,7 +5,7 @@ use std::time::Instant;
 use moge_model::cost::{NetworkCost, kv_token_bytes};
 use moge_model::{Batch, Cpu, KvCache, Model, StepOutput, Workspace};
 
-use super::case::{Case, Numbers, RandomTokens};
+use super::case::{Case, Precisions, RandomTokens};
 use super::ceilings::{Ceiling, Ceilings};
 use super::report::{CaseReport, Repetition};
 use crate::progress;
@@ -14,7 +14,7 @@ use crate::progress;
 pub(crate) struct Bench<'a> {
     model: &'a Model,
     cpu: &'a Cpu,
-    numbers: Numbers,
+    precisions: Precisions,
     cost: NetworkCost,
     pub(crate) ceilings: Ceilings<'a>,
 }
@@ -36,8 +36,8 @@ struct Memory {
 
 impl<'a> Bench<'a> {
     /// What is needed to measure cases of `model`.
-    pub(crate) fn new(model: &'a Model, cpu: &'a Cpu, numbers: Numbers) -> Bench<'a> {
-        Bench { model, cpu, numbers, cost: model.cost(), ceilings: Ceilings::new(cpu, model.config()) }
+    pub(crate) fn new(model: &'a Model, cpu: &'a Cpu, precisions: Precisions) -> Bench<'a> {
+        Bench { model, cpu, precisions, cost: model.cost(), ceilings: Ceilings::new(cpu, model.config()) }
     }
 
     /// Run a case again and again.
@@ -47,8 +47,8 @@ impl<'a> Bench<'a> {
         let config = self.model.config();
         let mut memory = Memory {
             tokens: RandomTokens::new(config.vocab_size),
-            kv_cache: case.kv_cache(self.cpu, config, self.numbers),
-            work: case.workspace(self.cpu, config, self.numbers),
+            kv_cache: case.kv_cache(self.cpu, config, self.precisions),
+            work: case.workspace(self.cpu, config, self.precisions),
             output: StepOutput::default(),
         };
         // The first step is slower than others: it touches memory that nobody has touched.
@@ -83,7 +83,7 @@ impl<'a> Bench<'a> {
     /// All steps of a case, once; the ceiling is left open.
     fn repeat(&self, case: Case, memory: &mut Memory) -> Repetition {
         let config = self.model.config();
-        let kv_token_bytes = kv_token_bytes(config, self.numbers.kv);
+        let kv_token_bytes = kv_token_bytes(config, self.precisions.kv);
         let mut repetition = Repetition::default();
         for index in 0..case.num_steps() {
             let batch = case.step(index, &mut memory.tokens);

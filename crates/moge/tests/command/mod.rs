@@ -1,5 +1,5 @@
-//! The binary as a child process, and small checkpoints for it.
-#![allow(dead_code, reason = "each test file uses its part")]
+//! Runs the binary, and makes small checkpoints for it.
+#![allow(dead_code, reason = "each file of tests uses its part")]
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -70,13 +70,4 @@ impl Synthetic {
     pub(crate) fn arg(&self) -> String {
         self.path().to_str().unwrap().to_owned()
     }
-}
-
-pub(crate) fn recorded(case: &str, name: &str) -> Vec<u32> {
-    let bytes = std::fs::read(Path::new(&golden(case)).join("expected.safetensors")).unwrap();
-    let header_len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-    let header: Value = serde_json::from_slice(&bytes[8..8 + header_len]).unwrap();
-    let offsets = &header[name]["data_offsets"];
-    let place = |i: usize| 8 + header_len + offsets[i].as_u64().unwrap() as usize;
-    bytes[place(0)..place(1)].chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect()
 }

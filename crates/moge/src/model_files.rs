@@ -1,24 +1,22 @@
-//! A model ready to run: what the commands that load one share.
+//! A checkpoint's files, and how they become a model that runs.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use clap::Args;
-use clap::builder::RangedU64ValueParser;
 use indicatif::DecimalBytes;
-use moge_engine::{Engine, EngineConfig, SamplingParams};
+use moge_engine::{Engine, EngineConfig};
 use moge_model::cost::NetworkCost;
 use moge_model::synth::write_checkpoint;
 use moge_model::{
     Architecture, BLOCK_SIZE, ChatTemplate, ChatTemplateError, Checkpoint, Cpu, Dtype, GenerationDefaults, Isa,
-    KvCache, KvType, LoadMode, MAX_THREADS, Model, ModelConfig, Precision, QuantScheme, TokenId, Tokenizer,
-    TokenizerError, Workspace, available_threads, eos_token_ids,
+    KvCache, KvType, LoadMode, Model, ModelConfig, Precision, QuantScheme, StoredTensor, Tokenizer, TokenizerError,
+    Workspace, eos_token_ids,
 };
 use tempfile::TempDir;
 
-use crate::args::{DtypeArg, FormatArg, KvArg, LoadArg};
+use crate::args::{DtypeArg, KvArg, LoadArg, ModelArgs};
 use crate::cmd::synth::{check_free_space, find_preset};
 use crate::interrupt::Interrupt;
 use crate::memory::{MemoryPlan, available_bytes};
@@ -30,179 +28,6 @@ pub(crate) const MAX_BATCHED_TOKENS: usize = 512;
 
 /// Sequences that run at the same time.
 const MAX_RUNNING: usize = 64;
-
-/// Which model, and how it runs.
-#[derive(Clone, Debug, Args)]
-#[command(next_help_heading = "Model")]
-pub(crate) struct ModelArgs {
-    #[command(flatten)]
-    source: ModelSource,
-    /// Worker threads, at most 4096 [default: the processors this process may use]
-    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_THREADS as u64))]
-    pub(crate) threads: Option<usize>,
-    /// Precision of activations; auto takes bf16 for bf16 checkpoints, f32 for others
-    #[arg(long, value_enum, default_value = "auto")]
-    pub(crate) dtype: DtypeArg,
-    /// How the KV cache stores its numbers: int8 takes half of bf16; auto takes the precision of the activations
-    #[arg(long, value_enum, default_value = "auto")]
-    kv: KvArg,
-    /// Quantise the weights in memory; `moge quantize` does it once and for all
-    #[arg(long, value_enum, value_name = "SCHEME", conflicts_with_all = ["load", "allow_paging"])]
-    pub(crate) quantize: Option<FormatArg>,
-    /// Map the weights, or read them whole (faster on network disks)
-    #[arg(long, value_enum, default_value = "mmap")]
-    pub(crate) load: LoadArg,
-    /// Run even if the weights do not fit into memory: they are read from disk again and again
-    #[arg(long)]
-    pub(crate) allow_paging: bool,
-}
-
-/// Where the checkpoint comes from.
-#[derive(Clone, Debug, Args)]
-#[group(required = true, multiple = false)]
-struct ModelSource {
-    /// Directory of the checkpoint: config.json, safetensors, tokenizer
-    #[arg(short, long, value_name = "DIR")]
-    model: Option<PathBuf>,
-    /// Instead of --model: a random Pangu Pro MoE, made for this run in a temporary folder, of a preset's sizes
-    /// (`moge synth --help` lists them)
-    #[arg(long, value_name = "PRESET")]
-    synthetic: Option<String>,
-}
-
-/// How to sample. What is not given comes from the checkpoint's `generation_config.json`, else greedy.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Sampling (defaults: the checkpoint's generation_config.json, else greedy)")]
-pub(crate) struct SamplingArgs {
-    /// Divides the logits; 0 takes the most likely token
-    #[arg(long, value_name = "T", allow_negative_numbers = true)]
-    temperature: Option<f64>,
-    /// Keep the K most likely tokens; 0 keeps all
-    #[arg(long, value_name = "K")]
-    top_k: Option<usize>,
-    /// Keep the fewest most likely tokens whose probabilities add up to P
-    #[arg(long, value_name = "P")]
-    top_p: Option<f64>,
-    /// Keep tokens at least P times as likely as the most likely one
-    #[arg(long, value_name = "P")]
-    min_p: Option<f64>,
-    /// Divides the logits of tokens that have occurred; 1 is off
-    #[arg(long, value_name = "X")]
-    repetition_penalty: Option<f64>,
-    /// Subtracted from the logits of tokens in the output, from -2 to 2
-    #[arg(long, value_name = "X", allow_hyphen_values = true)]
-    presence_penalty: Option<f64>,
-    /// Subtracted for each time that a token is in the output, from -2 to 2
-    #[arg(long, value_name = "X", allow_hyphen_values = true)]
-    frequency_penalty: Option<f64>,
-    /// Added to a token's logit, from -100 to 100; may be given several times
-    #[arg(long, value_name = "ID=VALUE", value_parser = parse_logit_bias)]
-    logit_bias: Vec<(TokenId, f64)>,
-    /// The same seed gives the same tokens, whatever else runs and on how many threads [default: 0; chat takes a new
-    /// one for every answer]
-    #[arg(long, value_name = "S")]
-    seed: Option<u64>,
-    /// Stop before this text; may be given several times
-    #[arg(long, value_name = "TEXT")]
-    stop: Vec<String>,
-    /// Stop at these token ids too
-    #[arg(long, value_name = "ID,ID", value_delimiter = ',', value_parser = parse_token_id)]
-    stop_token_ids: Vec<TokenId>,
-    /// Do not stop before N tokens
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    min_tokens: usize,
-    /// Go on after an end-of-sequence token
-    #[arg(long)]
-    ignore_eos: bool,
-}
-
-/// A token id as the command line has it, perhaps with spaces around it.
-pub(crate) fn parse_token_id(text: &str) -> Result<TokenId, String> {
-    let id = text.trim().parse().map_err(|_| format!("a token id is a whole number from 0 to {}", u32::MAX));
-    id.map(TokenId)
-}
-
-fn parse_logit_bias(text: &str) -> Result<(TokenId, f64), String> {
-    let parse = || {
-        let (id, bias) = text.split_once('=')?;
-        Some((TokenId(id.trim().parse().ok()?), bias.trim().parse().ok()?))
-    };
-    parse().ok_or_else(|| format!("{text:?} is not ID=VALUE, as in 17=-2.5"))
-}
-
-impl SamplingArgs {
-    /// True if the user wants the same draw again.
-    pub(crate) fn seed_is_given(&self) -> bool {
-        self.seed.is_some()
-    }
-
-    /// Sampling parameters; `defaults` fill what the command line leaves open.
-    pub(crate) fn params(&self, defaults: &GenerationDefaults) -> SamplingParams {
-        let defaults = SamplingParams::from(defaults);
-        SamplingParams {
-            temperature: self.temperature.unwrap_or(defaults.temperature),
-            top_k: self.top_k.or(defaults.top_k),
-            top_p: self.top_p.unwrap_or(defaults.top_p),
-            min_p: self.min_p.unwrap_or(defaults.min_p),
-            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
-            presence_penalty: self.presence_penalty.unwrap_or(0.0),
-            frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
-            logit_bias: self.logit_bias.iter().copied().collect(),
-            seed: self.seed.unwrap_or(0),
-            stop: self.stop.clone(),
-            stop_token_ids: self.stop_token_ids.clone(),
-            min_tokens: self.min_tokens,
-            ignore_eos: self.ignore_eos,
-            ..SamplingParams::default()
-        }
-    }
-}
-
-impl ModelArgs {
-    /// Threads to compute with.
-    pub(crate) fn num_threads(&self) -> usize {
-        self.threads.unwrap_or_else(available_threads)
-    }
-
-    /// The same for a baseline: weights as they lie, KV cache as precise as activations.
-    pub(crate) fn for_baseline(&self) -> ModelArgs {
-        ModelArgs { quantize: None, kv: KvArg::Auto, ..self.clone() }
-    }
-
-    /// True if the checkpoint is to be made first.
-    pub(crate) fn is_synthetic(&self) -> bool {
-        self.source.synthetic.is_some()
-    }
-
-    /// Read the small files of the checkpoint, made first if it is to be synthetic; `interrupt` removes it again.
-    pub(crate) fn open(&self, interrupt: Option<&Interrupt>) -> Result<Frontend> {
-        let mut frontend = self.open_as_it_is(interrupt)?;
-        if let Some(scheme) = self.quantize {
-            if !frontend.config.quant.is_none() {
-                bail!("--quantize: {} is quantised already; it can only run as it is", frontend.dir.display());
-            }
-            frontend.config.quant = QuantScheme::uniform(scheme.format());
-        }
-        Ok(frontend)
-    }
-
-    fn open_as_it_is(&self, interrupt: Option<&Interrupt>) -> Result<Frontend> {
-        let Some(preset) = &self.source.synthetic else {
-            return Frontend::open(self.source.model.as_deref().unwrap_or(Path::new(".")));
-        };
-        let preset = find_preset(Some(Architecture::PanguProMoe), preset)?;
-        let folder = tempfile::Builder::new().prefix("moge-").tempdir().context("temporary folder")?;
-        if let Some(interrupt) = interrupt {
-            interrupt.remove_on_exit(folder.path());
-        }
-        let dir = folder.path().join(preset.name);
-        check_free_space(&dir, preset.config.weight_bytes()?)?;
-        let bar = progress::bytes("making");
-        write_checkpoint(&dir, &preset.config, &mut |done, total| progress::set(&bar, done, total))?;
-        bar.finish_and_clear();
-        Ok(Frontend { _folder: Some(folder), ..Frontend::open(&dir)? })
-    }
-}
 
 /// What a server allows its requests.
 #[derive(Clone, Copy, Debug)]
@@ -229,7 +54,7 @@ pub(crate) struct Loaded {
 }
 
 /// The small files of a checkpoint: enough to make prompts of text.
-pub(crate) struct Frontend {
+pub(crate) struct ModelFiles {
     /// The checkpoint's directory.
     pub(crate) dir: PathBuf,
     /// The network's description, as it will run.
@@ -242,9 +67,38 @@ pub(crate) struct Frontend {
     _folder: Option<TempDir>,
 }
 
-impl Frontend {
+impl ModelFiles {
+    /// Read the small files of the checkpoint, made first if it is to be synthetic; `interrupt` removes it again.
+    pub(crate) fn of(args: &ModelArgs, interrupt: Option<&Interrupt>) -> Result<ModelFiles> {
+        let mut files = ModelFiles::as_they_are(args, interrupt)?;
+        if let Some(scheme) = args.quantize {
+            if !files.config.quant.is_none() {
+                bail!("--quantize: {} is quantised already; it can only run as it is", files.dir.display());
+            }
+            files.config.quant = QuantScheme::uniform(scheme.format());
+        }
+        Ok(files)
+    }
+
+    fn as_they_are(args: &ModelArgs, interrupt: Option<&Interrupt>) -> Result<ModelFiles> {
+        let Some(preset) = &args.source.synthetic else {
+            return ModelFiles::open(args.source.model.as_deref().unwrap_or(Path::new(".")));
+        };
+        let preset = find_preset(Some(Architecture::PanguProMoe), preset)?;
+        let folder = tempfile::Builder::new().prefix("moge-").tempdir().context("temporary folder")?;
+        if let Some(interrupt) = interrupt {
+            interrupt.remove_on_exit(folder.path());
+        }
+        let dir = folder.path().join(preset.name);
+        check_free_space(&dir, preset.config.weight_bytes()?)?;
+        let bar = progress::bytes("making");
+        write_checkpoint(&dir, &preset.config, &mut |done, total| progress::set(&bar, done, total))?;
+        bar.finish_and_clear();
+        Ok(ModelFiles { _folder: Some(folder), ..ModelFiles::open(&dir)? })
+    }
+
     /// Read the small files in `dir`. A checkpoint without tokenizer is fine as long as nobody asks for it.
-    pub(crate) fn open(dir: &Path) -> Result<Frontend> {
+    pub(crate) fn open(dir: &Path) -> Result<ModelFiles> {
         let config = ModelConfig::load(dir)?;
         let defaults = GenerationDefaults::load(dir)?;
         let tokenizer = match Tokenizer::load(dir) {
@@ -254,7 +108,7 @@ impl Frontend {
         if let Ok(tokenizer) = &tokenizer {
             tokenizer.check_vocab(config.vocab_size)?;
         }
-        Ok(Frontend { dir: dir.to_owned(), config, tokenizer, defaults, _folder: None })
+        Ok(ModelFiles { dir: dir.to_owned(), config, tokenizer, defaults, _folder: None })
     }
 
     /// The tokenizer.
@@ -420,7 +274,8 @@ impl Frontend {
         } else {
             Checkpoint::file_bytes(&self.dir)?
         };
-        let plan = MemoryPlan { weight_bytes, kv_bytes, workspace_bytes };
+        let copied_bytes = if args.quantize.is_some() { 0 } else { copied_bytes(&self.dir)? };
+        let plan = MemoryPlan { weight_bytes, copied_bytes, kv_bytes, workspace_bytes };
         let paging = args.allow_paging && args.load == LoadArg::Mmap;
         plan.check(available, paging).with_context(|| self.dir.display().to_string())?;
         tracing::info!("memory: {plan} of {} available", DecimalBytes(available));
@@ -428,26 +283,45 @@ impl Frontend {
     }
 }
 
+/// Bytes of the tensors that loading copies, as they are not aligned for their type where the files have them.
+fn copied_bytes(dir: &Path) -> Result<u64> {
+    let checkpoint = Checkpoint::open(dir, LoadMode::Mmap, &|_, _| ())?;
+    let is_copied = |tensor: &StoredTensor| {
+        // The size of an element is the alignment that its type needs.
+        let num_elements: usize = tensor.shape().iter().product();
+        let align = tensor.bytes().len().checked_div(num_elements).unwrap_or(1);
+        !tensor.bytes().as_ptr().addr().is_multiple_of(align)
+    };
+    let copied = checkpoint.tensors().filter(|(_, tensor)| is_copied(tensor));
+    Ok(copied.map(|(_, tensor)| tensor.bytes().len() as u64).sum())
+}
+
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
+    use std::fs;
 
     use super::*;
 
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        sampling: SamplingArgs,
-    }
-
     #[test]
-    fn a_silent_command_line_means_what_the_file_says_as_in_a_request() {
-        let Line { sampling } = Line::parse_from(["moge"]);
-        for do_sample in [None, Some(false), Some(true)] {
-            for temperature in [None, Some(0.6)] {
-                let defaults = GenerationDefaults { do_sample, temperature, top_k: Some(50), ..Default::default() };
-                assert_eq!(sampling.params(&defaults), SamplingParams::from(&defaults));
-            }
-        }
+    fn tensors_behind_a_header_of_odd_length_are_counted_twice_before_anything_is_loaded() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens/qwen3");
+        assert_eq!(copied_bytes(&golden).unwrap(), 0);
+        let folder = tempfile::tempdir().unwrap();
+        let mut bytes = fs::read(golden.join("model.safetensors")).unwrap();
+        let (head, data) = bytes.split_at_mut(8);
+        let header_bytes = u64::from_le_bytes((&*head).try_into().unwrap());
+        let data_bytes = data.len() as u64 - header_bytes;
+        let num_spaces = 1 + header_bytes % 2;
+        head.copy_from_slice(&(header_bytes + num_spaces).to_le_bytes());
+        let end = 8 + header_bytes as usize;
+        bytes.splice(end..end, std::iter::repeat_n(b' ', num_spaces as usize));
+        fs::write(folder.path().join("model.safetensors"), &bytes).unwrap();
+        let copied_bytes = copied_bytes(folder.path()).unwrap();
+        assert_eq!(copied_bytes, data_bytes);
+        let plan = MemoryPlan { weight_bytes: bytes.len() as u64, copied_bytes, kv_bytes: 0, workspace_bytes: 0 };
+        let error = plan.check(data_bytes * 3 / 2, false).unwrap_err().to_string();
+        assert!(error.contains("copies of unaligned weights"), "{error}");
+        plan.check(data_bytes - 1, true).unwrap_err();
+        plan.check(data_bytes, true).unwrap();
     }
 }
