@@ -10,16 +10,17 @@ pub const IGNORED_TARGET: u32 = u32::MAX;
 /// Logits that a chunk should at least hold, of all its rows: some microseconds of work.
 const MIN_CHUNK_LEN: usize = 4096;
 
-/// `losses[r] = -ln softmax(logits[r])[targets[r]]`, and `logits[r]` becomes the gradient of `scale * losses[r]`:
-/// `scale * softmax(logits[r])`, less `scale` at the target. Both are 0 where the target is [`IGNORED_TARGET`].
+/// `losses[r] = -ln softmax(logits[r])[targets[r]]`, and `logits[r]` becomes the gradient of `scales[r] * losses[r]`:
+/// `scales[r] * softmax(logits[r])`, less `scales[r]` at the target. Both are 0 where the target is [`IGNORED_TARGET`].
 ///
-/// Shapes: `logits` `[num_rows, vocab_size]`, `targets` and `losses` `[num_rows]`. The order of a row's sum depends on the
+/// Shapes: `logits` `[num_rows, vocab_size]`, `targets`, `scales` and `losses` `[num_rows]`. The order of a row's sum depends on the
 /// ISA alone. A NaN or +inf among a row's logits makes its loss NaN.
 ///
 /// # Panics
 /// If a length does not fit or a target is not below `vocab_size`.
-pub fn cross_entropy(cpu: &Cpu, logits: &mut [f32], targets: &[u32], scale: f32, losses: &mut [f32]) {
+pub fn cross_entropy(cpu: &Cpu, logits: &mut [f32], targets: &[u32], scales: &[f32], losses: &mut [f32]) {
     assert_eq!(losses.len(), targets.len(), "losses and targets");
+    assert_eq!(scales.len(), targets.len(), "scales and targets");
     if targets.is_empty() {
         return assert!(logits.is_empty(), "{} logits for no target", logits.len());
     }
@@ -30,8 +31,8 @@ pub fn cross_entropy(cpu: &Cpu, logits: &mut [f32], targets: &[u32], scale: f32,
     let rows_per_chunk = MIN_CHUNK_LEN.div_ceil(vocab_size);
     let chunk_lens = [rows_per_chunk * vocab_size, rows_per_chunk];
     cpu.for_each_slices([logits, losses], chunk_lens, |chunk, [logits, losses]| {
-        let targets = &targets[chunk * rows_per_chunk..];
-        for ((logits, loss), &target) in logits.chunks_exact_mut(vocab_size).zip(losses).zip(targets) {
+        let targets = targets[chunk * rows_per_chunk..].iter().zip(&scales[chunk * rows_per_chunk..]);
+        for ((logits, loss), (&target, &scale)) in logits.chunks_exact_mut(vocab_size).zip(losses).zip(targets) {
             if target == IGNORED_TARGET {
                 logits.fill(0.0);
                 *loss = 0.0;
@@ -91,7 +92,7 @@ mod tests {
                 let logits: Vec<f32> = numbers.vec(num_rows * vocab_size).iter().map(|x| 5.0 * x).collect();
                 let targets: Vec<u32> = (0..num_rows).map(|_| numbers.below(vocab_size) as u32).collect();
                 let (mut dlogits, mut losses) = (logits.clone(), vec![f32::NAN; num_rows]);
-                cross_entropy(&cpu, &mut dlogits, &targets, scale, &mut losses);
+                cross_entropy(&cpu, &mut dlogits, &targets, &vec![scale; num_rows], &mut losses);
                 for (row, &target) in targets.iter().enumerate() {
                     let logits = &logits[row * vocab_size..][..vocab_size];
                     let wide: Vec<f64> = logits.iter().map(|&x| x.into()).collect();
@@ -114,7 +115,7 @@ mod tests {
             let mut logits = Numbers::new(1).vec(3 * 9);
             logits[10] = f32::NAN;
             let mut losses = [f32::NAN; 3];
-            cross_entropy(&cpu, &mut logits, &[4, IGNORED_TARGET, 8], 1.0, &mut losses);
+            cross_entropy(&cpu, &mut logits, &[4, IGNORED_TARGET, 8], &[1.0; 3], &mut losses);
             assert!(losses[0] > 0.0 && losses[1] == 0.0 && losses[2] > 0.0);
             assert_eq!(logits[9..18], [0.0; 9]);
             assert!(logits[4] < 0.0 && logits[26] < 0.0);
@@ -126,7 +127,7 @@ mod tests {
         for cpu in every_cpu() {
             let mut logits = [3e4, -3e4, 3e4, -3e4, 1.0, f32::NAN];
             let mut losses = [0.0; 3];
-            cross_entropy(&cpu, &mut logits, &[0, 1, 0], 2.0, &mut losses);
+            cross_entropy(&cpu, &mut logits, &[0, 1, 0], &[2.0; 3], &mut losses);
             assert_eq!((losses[0], losses[1]), (0.0, 6e4));
             assert_eq!(logits[..4], [0.0, 0.0, 2.0, -2.0]);
             assert!(losses[2].is_nan());
@@ -141,7 +142,7 @@ mod tests {
             let targets: Vec<u32> = (0..num_rows as u32).collect();
             let run = |cpu: &Cpu| {
                 let (mut logits, mut losses) = (logits.clone(), vec![0.0; num_rows]);
-                cross_entropy(cpu, &mut logits, &targets, 0.5, &mut losses);
+                cross_entropy(cpu, &mut logits, &targets, &vec![0.5; targets.len()], &mut losses);
                 [logits, losses]
             };
             let expected = run(&Cpu::new(cpu.isa(), 1));
@@ -155,6 +156,6 @@ mod tests {
     #[should_panic(expected = "target 9 is not below 9")]
     fn a_target_outside_of_the_vocabulary_panics() {
         let cpu = Cpu::new(crate::Isa::scalar(), 1);
-        cross_entropy(&cpu, &mut [0.0; 18], &[8, 9], 1.0, &mut [0.0; 2]);
+        cross_entropy(&cpu, &mut [0.0; 18], &[8, 9], &[1.0; 2], &mut [0.0; 2]);
     }
 }

@@ -343,6 +343,7 @@ fn settings(run: &RunConfig) -> Settings {
         ("optimizer.beta2".to_owned(), format!("{:?}", optimizer.beta2)),
         ("optimizer.eps".to_owned(), format!("{:?}", optimizer.eps)),
         ("optimizer.weight_decay".to_owned(), format!("{:?}", optimizer.weight_decay)),
+        ("optimizer.decay_norms_and_biases".to_owned(), optimizer.decay_norms_and_biases.to_string()),
         ("optimizer.clip".to_owned(), format!("{:?}", optimizer.clip)),
     ]);
     for (index, phase) in run.phases.iter().enumerate() {

@@ -117,6 +117,8 @@ pub struct OptimizerConfig {
     pub eps: f64,
     /// Times the learning rate is what a step takes off a parameter; at least 0.
     pub weight_decay: f64,
+    /// Weight decay takes norms, biases and `router_scale` too, not matrices alone.
+    pub decay_norms_and_biases: bool,
     /// Norm that the gradient of a step is scaled down to; above 0, infinite for none.
     pub clip: f64,
 }
@@ -312,7 +314,7 @@ impl Checker<'_> {
     }
 
     fn optimizer(&self, raw: &RawOptimizer) -> Result<OptimizerConfig, RunConfigError> {
-        let &RawOptimizer { beta1, beta2, eps, weight_decay, clip } = raw;
+        let &RawOptimizer { beta1, beta2, eps, weight_decay, decay_norms_and_biases, clip } = raw;
         for (field, value) in [("optimizer.beta1", beta1), ("optimizer.beta2", beta2)] {
             self.allow((0.0..1.0).contains(&value), field, value, "a number in [0, 1)")?;
         }
@@ -322,7 +324,7 @@ impl Checker<'_> {
         let is_allowed = weight_decay.is_finite() && weight_decay >= 0.0;
         self.allow(is_allowed, "optimizer.weight_decay", weight_decay, "a number from 0 on")?;
         self.allow(clip > 0.0, "optimizer.clip", clip, "a number above 0, or inf")?;
-        Ok(OptimizerConfig { beta1, beta2, eps, weight_decay, clip })
+        Ok(OptimizerConfig { beta1, beta2, eps, weight_decay, decay_norms_and_biases, clip })
     }
 
     fn source(&self, name: &str, raw: RawSource) -> Result<SourceConfig, RunConfigError> {

@@ -18,8 +18,8 @@ mod workspace;
 use std::ops::Range;
 
 use moge_kernels::{
-    Cpu, Elements, Matrix, PieceAttentionScratch, Products, RopeAngles, Store, cross_entropy, embed, embed_backward,
-    rope_angles,
+    Cpu, Elements, IGNORED_TARGET, Matrix, PieceAttentionScratch, Products, RopeAngles, Store, cross_entropy, embed,
+    embed_backward, rope_angles,
 };
 use moge_model::cost::NetworkCost;
 use moge_model::{ExpertId, Layer, LayerMlp, ModelConfig, MoeConfig, Swiglu};
@@ -71,12 +71,14 @@ pub struct Batch<'a> {
     /// Experts to take in place of the best ones, `[routed layers, num_rows, experts_per_token]`, each row's in the order of
     /// the expert groups: those that another program chose. Their weights are the router's.
     pub forced_experts: Option<&'a [ExpertId]>,
+    /// Factor of each row's cross-entropy, `[num_rows]`; 1 without: of the tokens that a reward weighs.
+    pub row_weights: Option<&'a [f32]>,
 }
 
 /// What each part of the loss counts in the gradients of a batch.
 #[derive(Clone, Copy, Debug)]
 pub struct LossScales {
-    /// Of the cross-entropy of each row: 1 / targets of the step.
+    /// Of the weighted cross-entropy of each row: 1 / targets of the step.
     pub cross_entropy: f32,
     /// Of [`RoutingLosses::aux`].
     pub aux: f32,
@@ -87,7 +89,7 @@ pub struct LossScales {
 /// What a batch lost.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Losses {
-    /// Sum of the cross-entropy over the rows that have a target.
+    /// Sum of the weighted cross-entropy over the rows that have a target.
     pub cross_entropy: f64,
     /// Of the routers.
     pub routing: RoutingLosses,
@@ -186,7 +188,7 @@ impl TrainNetwork {
         let mut tools = Tools { products, exact, attention, scratch };
         self.forward(&pass, &batch.rows.tokens, (stream, kept), &mut tools, &mut losses);
         let mut d_stream = std::mem::take(&mut stream[self.layers.len()]);
-        losses.cross_entropy = self.head(&pass, &mut d_stream, &batch.rows.targets, &mut tools, &mut grads);
+        losses.cross_entropy = self.head(&pass, &mut d_stream, batch, &mut tools, &mut grads);
         let recompute = kept.len() < self.layers.len();
         for (index, layer) in self.layers.iter().enumerate().rev() {
             let kept = if recompute { &mut kept[0] } else { &mut kept[index] };
@@ -236,6 +238,8 @@ impl TrainNetwork {
             let per_row: usize = self.layers.iter().map(per_layer).sum();
             assert_eq!(forced.len(), batch.rows.num_rows() * per_row, "forced experts");
         }
+        let weights = batch.row_weights.map_or(batch.rows.num_rows(), <[f32]>::len);
+        assert_eq!(weights, batch.rows.num_rows(), "row weights");
         work.resize(&self.config, batch.rows.num_rows());
         rope_angles(&mut work.cos, &mut work.sin, &batch.rows.positions(), &self.inverse_frequencies);
         work
@@ -266,44 +270,61 @@ impl TrainNetwork {
         }
     }
 
-    /// The sum of the cross-entropy over all rows; `stream`, the residual stream after the last layer, becomes its gradient.
-    /// Logits are computed, lost and multiplied back for some rows at a time.
+    /// The sum of the weighted cross-entropy; `stream`, the residual stream after the last layer, becomes its gradient.
+    /// Logits are computed, lost and multiplied back for some rows at a time, of those that have a target.
     fn head(
         &self,
         pass: &Pass<'_>,
         stream: &mut [f32],
-        targets: &[u32],
+        batch: Batch<'_>,
         tools: &mut Tools<'_>,
         grads: &mut Gradients<'_>,
     ) -> f64 {
         let Scratch { hidden: [normed, d_normed, _], logits, losses, partials, .. } = &mut *tools.scratch;
-        let (hidden, num_rows) = (self.config.hidden_size, targets.len());
+        let (hidden, targets) = (self.config.hidden_size, &batch.rows.targets);
         pass.norm(normed, stream, &self.final_norm);
-        let rows_at_once = logit_rows(&self.config, num_rows);
+        let rows: Vec<usize> = (0..targets.len()).filter(|&row| targets[row] != IGNORED_TARGET).collect();
+        let weights: Vec<f32> = rows.iter().map(|&row| batch.row_weights.map_or(1.0, |weights| weights[row])).collect();
+        let scales: Vec<f32> = weights.iter().map(|weight| weight * pass.scales.cross_entropy).collect();
+        let targets: Vec<u32> = rows.iter().map(|&row| targets[row]).collect();
+        for (place, &row) in rows.iter().enumerate() {
+            normed.copy_within(row * hidden..(row + 1) * hidden, place * hidden);
+        }
+        let rows_at_once = logit_rows(&self.config, rows.len());
         let mut head_grads = Gradients { numbers: &mut *grads.numbers, store: grads.store };
-        for start in (0..num_rows).step_by(rows_at_once.max(1)) {
-            let rows = start..num_rows.min(start + rows_at_once);
-            let x = &normed[rows.start * hidden..rows.end * hidden];
-            let logits = &mut logits[..rows.len() * self.head.rows];
+        if rows.is_empty() && grads.store == Store::Set {
+            head_grads.numbers[self.head.range()].fill(0.0);
+        }
+        for start in (0..rows.len()).step_by(rows_at_once.max(1)) {
+            let part = start..rows.len().min(start + rows_at_once);
+            let x = &normed[part.start * hidden..part.end * hidden];
+            let logits = &mut logits[..part.len() * self.head.rows];
             let (cpu, products, span) = (pass.cpu, &mut *tools.products, self.head);
             Linear { cpu, products, span }.forward(pass.params, logits, x, None);
-            cross_entropy(
-                pass.cpu,
-                logits,
-                &targets[rows.clone()],
-                pass.scales.cross_entropy,
-                &mut losses[rows.clone()],
-            );
+            let losses = &mut losses[part.clone()];
+            cross_entropy(pass.cpu, logits, &targets[part.clone()], &scales[part.clone()], losses);
             Linear { cpu, products, span }.backward_weight(&mut head_grads, logits, x);
             head_grads.store = Store::Add;
-            let dx = &mut d_normed[rows.start * hidden..rows.end * hidden];
+            let dx = &mut d_normed[part.start * hidden..part.end * hidden];
             Linear { cpu, products, span }.backward_input(pass.params, dx, logits, Store::Set);
         }
+        spread_rows(d_normed, &rows, hidden);
         let x = &mut *normed;
         x.copy_from_slice(stream);
         pass.norm_backward((stream, Store::Set), (d_normed, x), &self.final_norm, partials, grads);
-        losses.iter().map(|&loss| f64::from(loss)).sum()
+        losses.iter().zip(&weights).map(|(&loss, &weight)| f64::from(weight) * f64::from(loss)).sum()
     }
+}
+
+/// Move the first rows of `x` to the places `rows`, which ascend; all others become 0.
+fn spread_rows(x: &mut [f32], rows: &[usize], width: usize) {
+    let mut end = x.len();
+    for (place, &row) in rows.iter().enumerate().rev() {
+        x.copy_within(place * width..(place + 1) * width, row * width);
+        x[(row + 1) * width..end].fill(0.0);
+        end = row * width;
+    }
+    x[..end].fill(0.0);
 }
 
 impl Pass<'_> {

@@ -36,4 +36,39 @@ impl Layout {
         let tensors = expected_tensors(config).into_iter().map(tensor).collect();
         Layout { tensors, len }
     }
+
+    /// Runs of parameters one after another that weight decay takes, or not: matrices always, norms, biases and
+    /// `router_scale` if `decay_vectors`.
+    pub(crate) fn decay_runs(&self, decay_vectors: bool) -> Vec<(Range<usize>, bool)> {
+        let mut runs: Vec<(Range<usize>, bool)> = Vec::new();
+        for ParamTensor { shape, range, .. } in &self.tensors {
+            // `router_scale` has a first dimension of 1.
+            let decays = decay_vectors || (shape.len() > 1 && shape[0] > 1);
+            match runs.last_mut() {
+                Some((run, same)) if *same == decays => run.end = range.end,
+                _ => runs.push((range.clone(), decays)),
+            }
+        }
+        runs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Layout;
+    use crate::testing::SYNTH;
+
+    #[test]
+    fn weight_decay_takes_matrices_and_norms_and_biases_only_if_asked() {
+        let layout = Layout::new(&SYNTH.model_config().unwrap());
+        assert_eq!(layout.decay_runs(true), [(0..layout.len, true)]);
+        let runs = layout.decay_runs(false);
+        for tensor in &layout.tensors {
+            let (run, decays) = runs.iter().find(|(run, _)| run.contains(&tensor.range.start)).unwrap();
+            assert!(tensor.range.end <= run.end);
+            let is_vector = ["norm.weight", ".bias", ".router_scale"].iter().any(|end| tensor.name.ends_with(end));
+            assert_eq!(*decays, !is_vector, "{}", tensor.name);
+        }
+        assert!(runs.windows(2).all(|pair| pair[0].0.end == pair[1].0.start && pair[0].1 != pair[1].1));
+    }
 }

@@ -24,6 +24,7 @@ const REPORT_FILE: &str = "report.html";
 /// A run that is open.
 #[derive(Debug)]
 pub struct Session {
+    cpu: Cpu,
     trainer: Trainer,
     data: DataLoader,
     checkpoints: Checkpoints,
@@ -142,7 +143,8 @@ impl Session {
         };
         Ok(Session {
             metrics: MetricsLog::open(&report.metrics, state.step)?,
-            trainer: Trainer::new(&run.model.config, run, cpu, state),
+            trainer: Trainer::new(&run.model.config, run, &cpu, state),
+            cpu,
             data,
             checkpoints,
             report,
@@ -182,7 +184,7 @@ impl Session {
         }
         while self.step() < self.num_steps {
             let step = self.step() + 1;
-            let metrics = self.trainer.step(&mut self.data);
+            let metrics = self.trainer.step(&self.cpu, &mut self.data);
             let metrics = metrics.map_err(|error| self.step_error(step, error))?;
             self.metrics.append(&metrics).map_err(|error| self.output_error(error))?;
             let is_stopped = on_step(&metrics).is_break();
@@ -228,7 +230,7 @@ impl Session {
     }
 
     fn save(&mut self) -> Result<(), SessionError> {
-        self.trainer.check_state().map_err(|error| self.step_error(self.step(), error))?;
+        self.trainer.check_state(&self.cpu).map_err(|error| self.step_error(self.step(), error))?;
         // The lines of a checkpoint's steps are on the disk before it is.
         self.metrics.sync().map_err(|error| self.output_error(error))?;
         let saved = self.checkpoints.save(self.trainer.state(), self.trainer.layout(), self.data.state());

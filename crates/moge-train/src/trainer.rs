@@ -1,5 +1,6 @@
 //! One training step after another: gradients over the batches of a step, clipping, AdamW.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use moge_kernels::{AdamW, Store, adamw, f32_flops_per_s, sum_of_squares, sum_of_squares_scratch_len};
@@ -85,8 +86,9 @@ impl StepLosses {
 #[derive(Debug)]
 pub struct Optimizer {
     network: TrainNetwork,
-    cpu: Cpu,
     work: Workspace,
+    /// Runs of parameters, and whether weight decay takes them.
+    decay_runs: Vec<(Range<usize>, bool)>,
     grads: Vec<f32>,
     partials: Vec<f64>,
     loss: LossConfig,
@@ -95,16 +97,11 @@ pub struct Optimizer {
 
 impl Optimizer {
     /// Memory for steps over batches of at most `max_rows`.
-    pub fn new(
-        network: TrainNetwork,
-        cpu: Cpu,
-        work: Workspace,
-        loss: LossConfig,
-        config: OptimizerConfig,
-    ) -> Optimizer {
-        let len = Layout::new(network.config()).len;
-        let partials = vec![0.0; sum_of_squares_scratch_len(len)];
-        Optimizer { network, cpu, work, grads: vec![0.0; len], partials, loss, config }
+    pub fn new(network: TrainNetwork, work: Workspace, loss: LossConfig, config: OptimizerConfig) -> Optimizer {
+        let layout = Layout::new(network.config());
+        let partials = vec![0.0; sum_of_squares_scratch_len(layout.len)];
+        let decay_runs = layout.decay_runs(config.decay_norms_and_biases);
+        Optimizer { network, work, decay_runs, grads: vec![0.0; layout.len], partials, loss, config }
     }
 
     /// The network.
@@ -112,25 +109,26 @@ impl Optimizer {
         &self.network
     }
 
-    /// Where it runs.
-    pub fn cpu(&self) -> &Cpu {
-        &self.cpu
-    }
-
-    /// One step over `batches`, which are one batch cut for memory's sake: the cross-entropy is the mean over the targets of
+    /// One step on `cpu` over `batches`, which are one batch cut for memory's sake: the cross-entropy is the mean over the targets of
     /// all, the routers' losses are means over batches, by their rows. `state` stays as it is if a loss or the norm of the
     /// gradient is not finite.
     ///
     /// # Panics
     /// If a batch has more rows than the workspace, a token outside the vocabulary, or `state` is that of another network.
-    pub fn step(&mut self, state: &mut TrainState, batches: &[TokenBatch], learning_rate: f64) -> StepLosses {
-        let losses = self.gradients(&state.params, batches);
+    pub fn step(
+        &mut self,
+        cpu: &Cpu,
+        state: &mut TrainState,
+        batches: &[TokenBatch],
+        learning_rate: f64,
+    ) -> StepLosses {
+        let losses = self.gradients(cpu, &state.params, batches);
         if losses.non_finite().is_some() {
             return losses;
         }
         state.step += 1;
         state.tokens += batches.iter().map(|batch| batch.num_rows() as u64).sum::<u64>();
-        let OptimizerConfig { beta1, beta2, eps, weight_decay, clip } = self.config;
+        let OptimizerConfig { beta1, beta2, eps, weight_decay, clip, .. } = self.config;
         let num_steps = i32::try_from(state.step).unwrap_or(i32::MAX);
         let step = AdamW {
             lr: learning_rate,
@@ -143,20 +141,25 @@ impl Optimizer {
             // As torch.nn.utils.clip_grad_norm_ does.
             grad_scale: (clip / (losses.grad_norm + 1e-6)).min(1.0),
         };
-        adamw(&self.cpu, step, &mut state.params, &self.grads, &mut state.m, &mut state.v);
+        for (run, decays) in &self.decay_runs {
+            let step = if *decays { step } else { AdamW { weight_decay: 0.0, ..step } };
+            let [params, m, v] =
+                [&mut state.params, &mut state.m, &mut state.v].map(|numbers| &mut numbers[run.clone()]);
+            adamw(cpu, step, params, &self.grads[run.clone()], m, v);
+        }
         losses
     }
 
     /// Norm of the first of weights and moments that has a number which is infinite or none: an update went too far.
-    fn non_finite_norm(&mut self, state: &TrainState) -> Option<(&'static str, f64)> {
+    fn non_finite_norm(&mut self, cpu: &Cpu, state: &TrainState) -> Option<(&'static str, f64)> {
         let TrainState { params, m, v, .. } = state;
         let watched = [("norm of the weights", params), ("norm of AdamW's m", m), ("norm of AdamW's v", v)];
-        let norms = watched.map(|(what, x)| (what, sum_of_squares(&self.cpu, x, &mut self.partials).sqrt()));
+        let norms = watched.map(|(what, x)| (what, sum_of_squares(cpu, x, &mut self.partials).sqrt()));
         norms.into_iter().find(|(_, norm)| !norm.is_finite())
     }
 
     /// Losses and gradients over `batches`.
-    fn gradients(&mut self, params: &[f32], batches: &[TokenBatch]) -> StepLosses {
+    fn gradients(&mut self, cpu: &Cpu, params: &[f32], batches: &[TokenBatch]) -> StepLosses {
         let num_targets = batches.iter().map(TokenBatch::num_targets).sum::<usize>().max(1) as f64;
         let num_rows = batches.iter().map(TokenBatch::num_rows).sum::<usize>() as f64;
         let mut sum = Losses::default();
@@ -168,9 +171,9 @@ impl Optimizer {
                 aux: (self.loss.aux * share) as f32,
                 z: (self.loss.z * share) as f32,
             };
-            let batch = Batch { rows, forced_experts: None };
+            let batch = Batch { rows, forced_experts: None, row_weights: None };
             let tensors = (params, (&mut self.grads[..], store));
-            let losses = self.network.forward_backward(&self.cpu, tensors, batch, scales, &mut self.work);
+            let losses = self.network.forward_backward(cpu, tensors, batch, scales, &mut self.work);
             sum.cross_entropy += losses.cross_entropy;
             sum.routing.aux += losses.routing.aux * share;
             sum.routing.z += losses.routing.z * share;
@@ -181,7 +184,7 @@ impl Optimizer {
             loss: sum.cross_entropy / num_targets,
             aux_loss: sum.routing.aux * self.loss.aux,
             z_loss: sum.routing.z * self.loss.z,
-            grad_norm: sum_of_squares(&self.cpu, &self.grads, &mut self.partials).sqrt(),
+            grad_norm: sum_of_squares(cpu, &self.grads, &mut self.partials).sqrt(),
             expert_load: sum.expert_load,
         }
     }
@@ -211,26 +214,26 @@ pub struct Trainer {
 
 impl Trainer {
     /// The steps of `run` from `state` on.
-    pub fn new(model: &ModelConfig, run: &RunConfig, cpu: Cpu, state: TrainState) -> Trainer {
-        let work = Workspace::new(&cpu, model, run.compute.dtype, run.max_rows(), run.compute.recompute);
+    pub fn new(model: &ModelConfig, run: &RunConfig, cpu: &Cpu, state: TrainState) -> Trainer {
+        let work = Workspace::new(cpu, model, run.compute.dtype, run.max_rows(), run.compute.recompute);
         Trainer {
             layout: Layout::new(model),
-            peak: f32_flops_per_s(&cpu),
-            optimizer: Optimizer::new(TrainNetwork::new(model), cpu, work, run.loss, run.optimizer),
+            peak: f32_flops_per_s(cpu),
+            optimizer: Optimizer::new(TrainNetwork::new(model), work, run.loss, run.optimizer),
             state,
             run: run.clone(),
             schedule: run.schedule(),
         }
     }
 
-    /// Do the next step.
+    /// Do the next step on `cpu`, which has no more threads than the one that it was made for.
     ///
     /// # Errors
     /// If there is no data, or something that the step computed is not finite; parameters and moments are as before then.
     ///
     /// # Panics
     /// If all steps are done.
-    pub fn step(&mut self, data: &mut DataLoader) -> Result<StepMetrics, TrainError> {
+    pub fn step(&mut self, cpu: &Cpu, data: &mut DataLoader) -> Result<StepMetrics, TrainError> {
         let start = Instant::now();
         let phase = &self.run.phases[self.schedule.phase_of(self.state.step)];
         let learning_rate = self.schedule.learning_rate(self.state.step);
@@ -238,7 +241,7 @@ impl Trainer {
         let batches = (0..phase.batch_tokens / phase.micro_batch_tokens)
             .map(|_| data.next_batch(&phase.mixture, num_sequences, phase.sequence_length))
             .collect::<Result<Vec<_>, DataError>>()?;
-        let losses = self.optimizer.step(&mut self.state, &batches, learning_rate);
+        let losses = self.optimizer.step(cpu, &mut self.state, &batches, learning_rate);
         if let Some((what, value)) = losses.non_finite() {
             return Err(TrainError::NotFinite { what, value });
         }
@@ -266,8 +269,8 @@ impl Trainer {
     ///
     /// # Errors
     /// If a weight or moment is infinite or no number.
-    pub fn check_state(&mut self) -> Result<(), TrainError> {
-        match self.optimizer.non_finite_norm(&self.state) {
+    pub fn check_state(&mut self, cpu: &Cpu) -> Result<(), TrainError> {
+        match self.optimizer.non_finite_norm(cpu, &self.state) {
             Some((what, value)) => Err(TrainError::NotFinite { what, value }),
             None => Ok(()),
         }
@@ -312,16 +315,18 @@ mod tests {
             beta2: number("beta2"),
             eps: number("eps"),
             weight_decay: number("weight_decay"),
+            // As torch.optim.AdamW does with one group of parameters.
+            decay_norms_and_biases: true,
             clip: number("clip"),
         };
-        let mut optimizer = Optimizer::new(TrainNetwork::new(&golden.config), cpu, work, loss, config);
+        let mut optimizer = Optimizer::new(TrainNetwork::new(&golden.config), work, loss, config);
         let mut state = TrainState::new(golden.params);
         let steps = run["steps"].as_array().unwrap();
         assert_eq!(steps.len(), 20);
         for ((expected, tokens), targets) in steps.iter().zip(tokens.chunks(num_rows)).zip(targets.chunks(num_rows)) {
             let batch = token_batch(tokens, targets, &offsets);
             let learning_rate = expected["learning_rate"].as_f64().unwrap();
-            let losses = optimizer.step(&mut state, &[batch], learning_rate);
+            let losses = optimizer.step(&cpu, &mut state, &[batch], learning_rate);
             for (name, found) in [
                 ("cross_entropy", losses.loss),
                 ("aux_loss", losses.aux_loss),

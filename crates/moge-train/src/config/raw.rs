@@ -114,12 +114,13 @@ pub(super) struct RawOptimizer {
     pub(super) beta2: f64,
     pub(super) eps: f64,
     pub(super) weight_decay: f64,
+    pub(super) decay_norms_and_biases: bool,
     pub(super) clip: f64,
 }
 
 impl Default for RawOptimizer {
     fn default() -> RawOptimizer {
-        RawOptimizer { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1.0 }
+        RawOptimizer { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decay_norms_and_biases: false, clip: 1.0 }
     }
 }
 

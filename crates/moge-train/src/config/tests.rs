@@ -47,6 +47,7 @@ beta1 = 0.8
 beta2 = 0.9
 eps = 1e-6
 weight_decay = 0
+decay_norms_and_biases = true
 clip = inf
 [data.web]
 files = ["web/*.txt", "../more.txt"]
@@ -96,7 +97,14 @@ fn what_a_run_file_leaves_out_has_the_documented_defaults() {
     assert_eq!((run.output.checkpoint_every, run.output.keep, run.output.dtype), (100, 3, Dtype::F32));
     assert_eq!(run.compute, ComputeConfig { dtype: Precision::F32, recompute: false });
     assert_eq!(run.loss, LossConfig { aux: 0.001, z: 0.0 });
-    let optimizer = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1.0 };
+    let optimizer = OptimizerConfig {
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        decay_norms_and_biases: false,
+        clip: 1.0,
+    };
     assert_eq!(run.optimizer, optimizer);
     assert_eq!((run.phases[0].micro_batch_tokens, run.phases[0].warmup_steps), (4096, 0));
 }
@@ -112,7 +120,14 @@ fn all_keys_are_read_and_paths_are_seen_from_the_run_file() {
     assert_eq!(run.output, output);
     assert_eq!(run.compute, ComputeConfig { dtype: Precision::Bf16, recompute: true });
     assert_eq!(run.loss, LossConfig { aux: 0.0, z: 1e-4 });
-    let optimizer = OptimizerConfig { beta1: 0.8, beta2: 0.9, eps: 1e-6, weight_decay: 0.0, clip: f64::INFINITY };
+    let optimizer = OptimizerConfig {
+        beta1: 0.8,
+        beta2: 0.9,
+        eps: 1e-6,
+        weight_decay: 0.0,
+        decay_norms_and_biases: true,
+        clip: f64::INFINITY,
+    };
     assert_eq!(run.optimizer, optimizer);
     let patterns = vec![dir.path().join("web/*.txt"), dir.path().join("../more.txt")];
     assert_eq!(run.sources["web"], SourceConfig { patterns, format: SourceFormat::Text });
@@ -210,12 +225,12 @@ fn unknown_and_missing_keys_and_values_of_another_type_are_refused_with_their_li
     for (found, instead, line, message) in [
         ("keep = 2", "kep = 2", 9, "unknown field `kep`, expected one of `dir`"),
         ("[loss]", "[lost]", 15, "unknown field `lost`"),
-        ("name = \"short\"", "", 43, "missing field `name`"),
+        ("name = \"short\"", "", 44, "missing field `name`"),
         ("seed = 7", "seed = -7", 5, "seed = -7: invalid value: integer `-7`"),
         ("dtype = \"bf16\"", "dtype = \"f16\"", 10, "unknown variant `f16`, expected `f32` or `bf16`"),
-        ("format = \"tokens\"", "format = \"csv\"", 34, "unknown variant `csv`"),
-        ("[1e30, 0]", "1e30", 48, "learning_rate = 1e30: invalid type"),
-        ("on_bad_line = \"skip\"", "on_bad_line = [", 33, "missing comma"),
+        ("format = \"tokens\"", "format = \"csv\"", 35, "unknown variant `csv`"),
+        ("[1e30, 0]", "1e30", 49, "learning_rate = 1e30: invalid type"),
+        ("on_bad_line = \"skip\"", "on_bad_line = [", 34, "missing comma"),
     ] {
         assert!(WHOLE.contains(found), "{found}");
         let error = load(&WHOLE.replacen(found, instead, 1)).unwrap_err().to_string();

@@ -79,7 +79,7 @@ impl Golden {
         let mut work = Workspace::new(cpu, &self.config, activation, rows.num_rows() + 7, recompute);
         let mut grads = vec![f32::NAN; self.layout.len];
         let scales = self.scales(&rows);
-        let batch = Batch { rows: &rows, forced_experts: forced };
+        let batch = Batch { rows: &rows, forced_experts: forced, row_weights: None };
         let losses = network.forward_backward(cpu, (&self.params, (&mut grads, Store::Set)), batch, scales, &mut work);
         (losses, grads)
     }
@@ -158,7 +158,7 @@ fn gradients_of_two_passes_add_up() {
         let mut work = Workspace::new(&cpu, &golden.config, Precision::F32, rows.num_rows(), false);
         let mut grads = vec![f32::NAN; golden.layout.len];
         for store in [Store::Set, Store::Add] {
-            let batch = Batch { rows: &rows, forced_experts: None };
+            let batch = Batch { rows: &rows, forced_experts: None, row_weights: None };
             let scales = golden.scales(&rows);
             network.forward_backward(&cpu, (&golden.params, (&mut grads, store)), batch, scales, &mut work);
         }
@@ -259,7 +259,7 @@ fn forward_equals_the_engine_on_the_same_checkpoint() {
         let model = Model::load(&golden.dir, LoadMode::Mmap, &|_, _| ()).unwrap();
         for (activation, tolerance) in [(Precision::F32, 2e-5), (Precision::Bf16, 5e-2)] {
             let mut work = Workspace::new(&cpu, &golden.config, activation, rows.num_rows(), false);
-            let batch = Batch { rows: &rows, forced_experts: None };
+            let batch = Batch { rows: &rows, forced_experts: None, row_weights: None };
             let logits = network.logits(&cpu, &golden.params, batch, &mut work);
             for piece in rows.pieces() {
                 let expected = engine_logits(&cpu, &model, &rows.tokens[piece.clone()], activation);
@@ -286,7 +286,8 @@ fn experts_between_sandwich_norms_compute_as_in_the_engine_and_have_the_gradient
     let model = Model::from_params(&cpu, &golden.config, &golden.params, QuantScheme::default()).unwrap();
     let network = TrainNetwork::new(&golden.config);
     let mut work = Workspace::new(&cpu, &golden.config, Precision::F32, rows.num_rows(), false);
-    let logits = network.logits(&cpu, &golden.params, Batch { rows: &rows, forced_experts: None }, &mut work);
+    let logits =
+        network.logits(&cpu, &golden.params, Batch { rows: &rows, forced_experts: None, row_weights: None }, &mut work);
     for piece in rows.pieces() {
         let expected = engine_logits(&cpu, &model, &rows.tokens[piece.clone()], Precision::F32);
         let found = &logits[piece.start * vocab..piece.end * vocab];
@@ -313,4 +314,36 @@ fn experts_between_sandwich_norms_compute_as_in_the_engine_and_have_the_gradient
     };
     let slope = (at(step) - at(-step)) / (2.0 * step * length);
     assert!((slope / length - 1.0).abs() < 5e-3, "slope {slope}, gradient {length}");
+}
+
+#[test]
+fn row_weights_count_in_loss_and_gradients_and_equal_ones_change_nothing() {
+    let cpu = Cpu::new(Isa::select().unwrap(), 2);
+    let golden = Golden::load("qwen3");
+    let (rows, _) = golden.batch();
+    let network = TrainNetwork::new(&golden.config);
+    let scales = LossScales { cross_entropy: 0.5, aux: 0.0, z: 0.0 };
+    let mut work = Workspace::new(&cpu, &golden.config, Precision::F32, rows.num_rows(), false);
+    let mut pass = |rows: &TokenBatch, row_weights: Option<&[f32]>| {
+        let mut grads = vec![f32::NAN; golden.layout.len];
+        let batch = Batch { rows, forced_experts: None, row_weights };
+        let losses =
+            network.forward_backward(&cpu, (&golden.params, (&mut grads, Store::Set)), batch, scales, &mut work);
+        (losses.cross_entropy, grads)
+    };
+    let plain = pass(&rows, None);
+    assert!(pass(&rows, Some(&vec![1.0; rows.num_rows()])) == plain);
+    // Twice the weight is twice the loss and the gradient; a row of weight 0 is as one without a target.
+    let (loss, grads) = pass(&rows, Some(&vec![2.0; rows.num_rows()]));
+    assert!(loss == 2.0 * plain.0 && grads.iter().zip(&plain.1).all(|(doubled, once)| *doubled == 2.0 * once));
+    let weights: Vec<f32> = (0..rows.num_rows()).map(|row| if row % 3 == 0 { 0.0 } else { 1.0 }).collect();
+    let mut fewer = rows.clone();
+    fewer.targets.iter_mut().step_by(3).for_each(|target| *target = IGNORED_TARGET);
+    let (weighed, masked) = (pass(&rows, Some(&weights)), pass(&fewer, None));
+    assert!((weighed.0 - masked.0).abs() <= 1e-9 * masked.0);
+    let error = norm(weighed.1.iter().zip(&masked.1).map(|(a, b)| f64::from(a - b)));
+    assert!(error <= 1e-6 * norm(masked.1.iter().map(|&x| f64::from(x))), "off by {error:e}");
+    // Without any target there is no loss and no gradient.
+    let nothing = TokenBatch { targets: vec![IGNORED_TARGET; rows.num_rows()], ..rows.clone() };
+    assert!(pass(&nothing, None) == (0.0, vec![0.0; golden.layout.len]));
 }

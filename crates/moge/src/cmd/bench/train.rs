@@ -93,13 +93,16 @@ pub(super) fn run(args: &TrainBenchArgs) -> Result<()> {
     };
     let work = Workspace::new(&cpu, &config, activation, num_rows, args.recompute);
     let loss = LossConfig { aux: 0.001, z: 0.0 };
-    let optimizer = OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1.0 };
-    let mut optimizer = Optimizer::new(TrainNetwork::new(&config), cpu, work, loss, optimizer);
+    // As the peer does, of which all parameters decay.
+    let (weight_decay, decay_norms_and_biases) = (0.1, true);
+    let optimizer =
+        OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay, decay_norms_and_biases, clip: 1.0 };
+    let mut optimizer = Optimizer::new(TrainNetwork::new(&config), work, loss, optimizer);
     let flops = optimizer.network().ops_per_token() * num_rows as u64;
     for step in 0..args.num_steps {
         let batch = read_batch(&tokens, args, step)?;
         let start = Instant::now();
-        let losses = optimizer.step(&mut state, &[batch], args.learning_rate);
+        let losses = optimizer.step(&cpu, &mut state, &[batch], args.learning_rate);
         let seconds = start.elapsed().as_secs_f64();
         print_line(json!({
             "step": step + 1,
@@ -109,7 +112,7 @@ pub(super) fn run(args: &TrainBenchArgs) -> Result<()> {
             "seconds": seconds,
             "tokens": num_rows,
             "flops": flops,
-            "peak_flops_per_s": f32_flops_per_s(optimizer.cpu()),
+            "peak_flops_per_s": f32_flops_per_s(&cpu),
         }))?;
     }
     Ok(())
