@@ -8,7 +8,8 @@ mod common;
 
 use common::{cpu_of_arguments, report, seconds};
 use moge_kernels::{
-    AttentionKept, Cpu, PieceAttention, PieceAttentionScratch, attention_backward, attention_forward, f32_flops_per_s,
+    AttentionKept, Cpu, SegmentAttention, SegmentAttentionScratch, attention_backward, attention_forward,
+    f32_flops_per_s,
 };
 
 /// Pieces, rows of each, query heads, KV heads, width of a head.
@@ -47,7 +48,7 @@ struct Layer {
     log_sums: Vec<f32>,
     d_out: Vec<f32>,
     d_qkv: [Vec<f32>; 3],
-    scratch: PieceAttentionScratch,
+    scratch: SegmentAttentionScratch,
 }
 
 impl Layer {
@@ -65,20 +66,20 @@ impl Layer {
             log_sums: vec![0.0; max_rows * num_q_heads],
             d_out: numbers(num_q_heads),
             d_qkv: [zeros(num_q_heads), zeros(num_kv_heads), zeros(num_kv_heads)],
-            scratch: PieceAttentionScratch::new(cpu.num_threads(), max_rows, num_q_heads / num_kv_heads, head_dim),
+            scratch: SegmentAttentionScratch::new(cpu.num_threads(), max_rows, num_q_heads / num_kv_heads, head_dim),
         }
     }
 
     fn forward(&mut self, cpu: &Cpu) {
         let [num_q_heads, num_kv_heads, head_dim] = self.heads;
-        let shape = PieceAttention { num_q_heads, num_kv_heads, head_dim, offsets: &self.offsets };
+        let shape = SegmentAttention { num_q_heads, num_kv_heads, head_dim, offsets: &self.offsets };
         let qkv = self.qkv.each_ref().map(Vec::as_slice);
         attention_forward(cpu, shape, &mut self.out, &mut self.log_sums, qkv, &mut self.scratch);
     }
 
     fn backward(&mut self, cpu: &Cpu) {
         let [num_q_heads, num_kv_heads, head_dim] = self.heads;
-        let shape = PieceAttention { num_q_heads, num_kv_heads, head_dim, offsets: &self.offsets };
+        let shape = SegmentAttention { num_q_heads, num_kv_heads, head_dim, offsets: &self.offsets };
         let qkv = self.qkv.each_ref().map(Vec::as_slice);
         let kept = AttentionKept { qkv, out: &self.out, log_sums: &self.log_sums };
         let d_qkv = self.d_qkv.each_mut().map(Vec::as_mut_slice);

@@ -6,7 +6,7 @@
 mod common;
 
 use common::{cpu_of_arguments, report, seconds};
-use moge_kernels::{Cpu, ExpertWeights, Precision, ProductRows, Products, Store, f32_flops_per_s};
+use moge_kernels::{Accumulate, Cpu, ExpertWeights, Precision, ProductRows, TrainGemm, f32_flops_per_s};
 
 /// A product: name, number of experts, rows in all, output and input width.
 const CASES: [(&str, [usize; 4]); 9] = [
@@ -43,7 +43,7 @@ fn measure(cpu: &Cpu, name: &str, [num_experts, num_rows, rows, cols]: [usize; 4
     let offsets: Vec<usize> = (0..=num_experts).map(|e| e * num_rows / num_experts).collect();
     let starts: Vec<usize> = (0..num_experts).map(|e| e * rows * cols).collect();
     let weights = ExpertWeights { offsets: &offsets, starts: &starts, rows, cols };
-    let mut products = Products::new(cpu, activation);
+    let mut products = TrainGemm::new(cpu, activation);
     let flops = (2 * num_rows * rows * cols) as f64;
     let report = |pass: &str, body: &mut dyn FnMut()| {
         if is_wanted(pass) {
@@ -55,10 +55,10 @@ fn measure(cpu: &Cpu, name: &str, [num_experts, num_rows, rows, cols]: [usize; 4
     });
     report("input", &mut || {
         let dy = ProductRows::new(&y, rows);
-        products.backward_input(cpu, &mut x, dy, (&w, weights), Store::Set);
+        products.backward_input(cpu, &mut x, dy, (&w, weights), Accumulate::Set);
     });
     report("weight", &mut || {
         let (dy, x) = (ProductRows::new(&y, rows), ProductRows::new(&x, cols));
-        products.backward_weight(cpu, (&mut w, weights), dy, x, Store::Set);
+        products.backward_weight(cpu, (&mut w, weights), dy, x, Accumulate::Set);
     });
 }

@@ -37,7 +37,7 @@ pub enum Precision {
 
 /// What a kernel does with what its output holds already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Store {
+pub enum Accumulate {
     /// Replace it; it need not be set.
     Set,
     /// Add to it.

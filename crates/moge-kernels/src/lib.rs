@@ -12,7 +12,6 @@
 
 mod adamw;
 mod attention;
-mod ceilings;
 mod combine;
 mod cpu;
 mod cross_entropy;
@@ -24,6 +23,7 @@ mod isa;
 mod norm;
 mod pool;
 mod quant;
+mod roofline;
 mod rope;
 mod simd;
 mod softmax;
@@ -34,16 +34,16 @@ mod testing;
 
 pub use adamw::{AdamW, adamw};
 pub use attention::{
-    AttentionKept, AttentionLimits, AttentionRows, AttentionScratch, BlockId, KvType, PagedKv, PieceAttention,
-    PieceAttentionScratch, QkvParams, SequenceRows, attention_backward, attention_forward, paged_attention, write_qkv,
+    AttentionKept, AttentionLimits, AttentionRows, AttentionScratch, BlockId, KvType, PagedKv, QkvParams,
+    SegmentAttention, SegmentAttentionScratch, SequenceRows, attention_backward, attention_forward, paged_attention,
+    write_qkv,
 };
-pub use ceilings::{Int8Product, MemoryRead, f32_flops_per_s, int8_ops_per_s};
 pub use combine::{Begin, ExpertOutputs, combine};
 pub use cpu::{Cpu, available_threads};
 pub use cross_entropy::{IGNORED_TARGET, cross_entropy};
-pub use elements::{Dtype, Elements, Matrix, Precision, Store};
+pub use elements::{Accumulate, Dtype, Elements, Matrix, Precision};
 pub use embedding::{embed, embed_backward};
-pub use gemm::{ExpertWeights, GroupedRows, ProductRows, Products, gemm, grouped_gemm, grouped_swiglu};
+pub use gemm::{ExpertWeights, GroupedRows, ProductRows, TrainGemm, gemm, grouped_gemm, grouped_swiglu};
 pub use isa::{Isa, UnknownIsa};
 pub use norm::{
     RmsNormBackward, RmsNormParams, add, rms_norm, rms_norm_backward, rms_norm_in_place, rms_norm_scratch_len,
@@ -51,8 +51,9 @@ pub use norm::{
 pub use pool::MAX_THREADS;
 pub use quant::{
     ExpertsDown, PACKED_LAYOUT_VERSION, PANEL_ROWS, PackError, PackedFormat, PackedMatrix, PackedProduct,
-    QUANT_BLOCK_LEN, QuantizedRows, pack_levels, pack_panel, packed_experts_down, packed_gemm, packed_swiglu,
+    QUANT_BLOCK_LEN, QuantizedRows, pack_int8, pack_panel, packed_experts_down, packed_gemm, packed_swiglu,
 };
+pub use roofline::{Int8Product, MemoryRead, f32_flops_per_s, int8_ops_per_s};
 pub use rope::{RopeAngles, RopeHead, RopeLayout, rope, rope_angles, rope_backward, rope_inverse_frequencies};
 pub use simd::round_to_bf16;
 pub use softmax::softmax;

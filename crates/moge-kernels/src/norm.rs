@@ -1,7 +1,7 @@
 //! RMSNorm, and the elementwise work around it.
 
 use crate::cpu::Cpu;
-use crate::elements::{Precision, Store};
+use crate::elements::{Accumulate, Precision};
 use crate::isa::Isa;
 use crate::simd::{Simd, SimdOp, update};
 use crate::sums::column_sums;
@@ -165,11 +165,11 @@ pub struct RmsNormBackward<'a> {
     /// Gradient of the input, `[num_rows, width]`.
     pub dx: &'a mut [f32],
     /// Whether `dx` is replaced.
-    pub dx_store: Store,
+    pub dx_store: Accumulate,
     /// Gradient of the weight, `[width]`.
     pub dweight: &'a mut [f32],
     /// Whether `dweight` is replaced.
-    pub dweight_store: Store,
+    pub dweight_store: Accumulate,
     /// At least [`rms_norm_scratch_len`] numbers.
     pub scratch: &'a mut [f32],
 }
@@ -218,7 +218,7 @@ struct RmsNormRowBackward<'a> {
     /// `dy`, `x` and the weight.
     inputs: [&'a [f32]; 3],
     eps: f32,
-    store: Store,
+    store: Accumulate,
 }
 
 impl SimdOp for RmsNormRowBackward<'_> {
@@ -245,8 +245,8 @@ impl SimdOp for RmsNormRowBackward<'_> {
                 let dy = simd.mul(dy, scale);
                 let gradient = simd.mul_add(x, x_scale, simd.mul(dy, weight));
                 let dx = match self.store {
-                    Store::Set => gradient,
-                    Store::Add => simd.add(dx, gradient),
+                    Accumulate::Set => gradient,
+                    Accumulate::Add => simd.add(dx, gradient),
                 };
                 [dx, simd.mul_add(dy, x, dweight)]
             },

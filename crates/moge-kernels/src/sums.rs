@@ -1,7 +1,7 @@
 //! Sums over rows and over all numbers, in an order that the shape alone sets.
 
 use crate::cpu::Cpu;
-use crate::elements::Store;
+use crate::elements::Accumulate;
 use crate::simd::{Simd, SimdOp};
 
 /// Columns that a thread should at least have: one cache line.
@@ -16,13 +16,13 @@ const SQUARES_PER_PARTIAL: usize = 1 << 16;
 ///
 /// # Panics
 /// If a length does not fit.
-pub fn column_sums(cpu: &Cpu, out: &mut [f32], x: &[f32], store: Store) {
+pub fn column_sums(cpu: &Cpu, out: &mut [f32], x: &[f32], store: Accumulate) {
     let width = out.len();
     assert!(x.is_empty() || x.len().is_multiple_of(width), "{} numbers are not rows of {width}", x.len());
     let columns = columns_per_chunk(cpu, width);
     let isa = cpu.isa();
     cpu.for_each_slice(out, columns, |chunk, out| {
-        if store == Store::Set {
+        if store == Accumulate::Set {
             out.fill(0.0);
         }
         isa.run(ColumnSums { out, x, width, start: chunk * columns });
@@ -122,7 +122,7 @@ impl SimdOp for SumOfSquares<'_> {
 mod tests {
     use super::{column_sums, sum_of_squares, sum_of_squares_scratch_len};
     use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu};
-    use crate::{Cpu, Isa, Store};
+    use crate::{Accumulate, Cpu, Isa};
 
     #[test]
     fn column_sums_match_f64_on_every_isa_and_replace_or_add() {
@@ -132,10 +132,10 @@ mod tests {
                 let (x, before) = (numbers.vec(num_rows * width), numbers.vec(width));
                 let sum = |column: usize| x.iter().skip(column).step_by(width).copied().map(f64::from).sum::<f64>();
                 let mut out = vec![f32::NAN; width];
-                column_sums(&cpu, &mut out, &x, Store::Set);
+                column_sums(&cpu, &mut out, &x, Accumulate::Set);
                 assert_close(&out, &(0..width).map(sum).collect::<Vec<_>>(), 1e-6, 2e-6);
                 out.copy_from_slice(&before);
-                column_sums(&cpu, &mut out, &x, Store::Add);
+                column_sums(&cpu, &mut out, &x, Accumulate::Add);
                 let expected: Vec<f64> = (0..width).map(|column| f64::from(before[column]) + sum(column)).collect();
                 assert_close(&out, &expected, 1e-6, 2e-6);
             }
@@ -147,10 +147,10 @@ mod tests {
         let (num_rows, width) = (67, 131);
         let x = Numbers::new(2).vec(num_rows * width);
         let mut expected = vec![0.0; width];
-        column_sums(&Cpu::new(Isa::scalar(), 1), &mut expected, &x, Store::Set);
+        column_sums(&Cpu::new(Isa::scalar(), 1), &mut expected, &x, Accumulate::Set);
         for (isa, num_threads) in Isa::available().flat_map(|isa| [1, 2, 5].map(|num_threads| (isa, num_threads))) {
             let mut out = vec![0.0; width];
-            column_sums(&Cpu::new(isa, num_threads), &mut out, &x, Store::Set);
+            column_sums(&Cpu::new(isa, num_threads), &mut out, &x, Accumulate::Set);
             assert_same_bits(&out, &expected);
         }
     }

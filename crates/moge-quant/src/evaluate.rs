@@ -12,7 +12,7 @@ const MAX_ROWS: usize = 64;
 
 /// A model and the memory of its steps.
 #[derive(Debug)]
-pub struct Side {
+pub struct EvalModel {
     model: Model,
     kv_cache: KvCache,
     work: Workspace,
@@ -49,17 +49,17 @@ pub struct Comparison {
     pub changed_expert_share: Option<f64>,
 }
 
-impl Side {
+impl EvalModel {
     /// `model`, to read up to `context` tokens at a time.
-    pub fn new(model: Model, cpu: &Cpu, activation: Precision, kv: KvType, context: usize) -> Side {
+    pub fn new(model: Model, cpu: &Cpu, activation: Precision, kv: KvType, context: usize) -> EvalModel {
         let kv_cache = KvCache::new(model.config(), kv, context.div_ceil(BLOCK_SIZE));
         let work = Workspace::new(model.config(), activation, limits(context, cpu.num_threads()));
         let mut output = StepOutput::default();
         output.record_trace();
-        Side { model, kv_cache, work, output }
+        EvalModel { model, kv_cache, work, output }
     }
 
-    /// Bytes that [`Side::new`] needs beside the weights: of the KV cache, and of a step.
+    /// Bytes that [`EvalModel::new`] needs beside the weights: of the KV cache, and of a step.
     pub fn bytes(config: &ModelConfig, kv: KvType, context: usize, num_threads: usize) -> (u64, u64) {
         let kv_bytes = KvCache::block_bytes(config, kv).saturating_mul(context.div_ceil(BLOCK_SIZE) as u64);
         (kv_bytes, Workspace::bytes(config, limits(context, num_threads)))
@@ -99,8 +99,8 @@ impl Evaluation {
     /// If a window is longer than either side's context, names a token outside the vocabulary, or the vocabularies differ.
     pub fn run(
         cpu: &Cpu,
-        side: &mut Side,
-        mut baseline: Option<&mut Side>,
+        side: &mut EvalModel,
+        mut baseline: Option<&mut EvalModel>,
         windows: &[&[TokenId]],
         num_given: usize,
         progress: &mut dyn FnMut(usize),
@@ -186,7 +186,7 @@ impl Sums {
         self.num_same_top += usize::from(most_likely(logits) == most_likely(baseline));
     }
 
-    fn add_routes(&mut self, side: &Side, baseline: &Side) {
+    fn add_routes(&mut self, side: &EvalModel, baseline: &EvalModel) {
         let Some((_, per_token)) = side.expert_counts().filter(|counts| baseline.expert_counts() == Some(*counts))
         else {
             return;

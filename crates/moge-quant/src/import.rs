@@ -22,9 +22,9 @@ use moge_model::{
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use crate::damage::role_name;
 use crate::error::QuantizeError;
 use crate::item::{Input, Item, Levels, StaticBias, int64, number, refuse};
+use crate::rounding::role_name;
 
 /// How the names of a description, of an index and of weight files begin.
 const DESCRIPTION_PREFIX: &str = "quant_model_description";

@@ -14,11 +14,11 @@ use moge_model::{
     sync_directory, write_file,
 };
 
-use crate::damage::{Damage, Rounding, TensorDamage};
 use crate::error::QuantizeError;
 use crate::item::Item;
 use crate::journal::{self, Identity, Journal, Record, refuse_files_in};
-use crate::pieces::Piece;
+use crate::pieces::TensorChunk;
+use crate::rounding::{Rounding, RoundingErrors, TensorError};
 use crate::source::Source;
 
 /// Bytes that may be lost by a kill: as often the data is brought to the disk, then noted. A second of work or two.
@@ -96,7 +96,7 @@ impl Job {
         mut self,
         cpu: &Cpu,
         progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
-    ) -> Result<Damage, QuantizeError> {
+    ) -> Result<RoundingErrors, QuantizeError> {
         fs::create_dir_all(&self.out).map_err(|source| io_error(&self.out, source))?;
         let (journal, complete) = Journal::open(&self.out, &self.identity)?;
         self.complete = complete;
@@ -146,7 +146,7 @@ impl Job {
         let total_bytes = source_bytes(&self.source.items);
         let mut done_bytes = source_bytes(complete);
         let mut records = Vec::new();
-        let pieces: Vec<(&Item, Piece)> =
+        let pieces: Vec<(&Item, TensorChunk)> =
             missing.iter().flat_map(|item| item.pieces().map(move |piece| (item, piece))).collect();
         let mut error = PackError::default();
         for (index, (item, piece)) in pieces.iter().enumerate() {
@@ -203,12 +203,12 @@ impl Job {
         Ok(sync_directory(to)?)
     }
 
-    fn damage(&self) -> Damage {
+    fn damage(&self) -> RoundingErrors {
         let roundings = self.source.items.iter().zip(&self.complete);
         let tensors = roundings.filter_map(|(item, record)| {
-            Some(TensorDamage::new(record.name.clone(), item.spec.packed?, record.rounding?))
+            Some(TensorError::new(record.name.clone(), item.spec.packed?, record.rounding?))
         });
-        Damage::of(tensors.collect())
+        RoundingErrors::of(tensors.collect())
     }
 }
 

@@ -10,8 +10,8 @@ use moge_model::{JOURNAL_NAME, QuantScheme, WriteError, io_error};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::damage::Rounding;
 use crate::error::QuantizeError;
+use crate::rounding::Rounding;
 
 /// What an output is made of: only work on the same may be continued.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

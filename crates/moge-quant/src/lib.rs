@@ -1,6 +1,5 @@
 //! Offline: a checkpoint to the packed layout (`moge quantize`), and what that does to a model (`moge perplexity`).
 
-mod damage;
 mod error;
 mod evaluate;
 mod import;
@@ -8,9 +7,10 @@ mod item;
 mod job;
 mod journal;
 mod pieces;
+mod rounding;
 mod source;
 
-pub use damage::{Damage, RoleDamage, TensorDamage};
 pub use error::QuantizeError;
-pub use evaluate::{Comparison, Evaluation, Side};
+pub use evaluate::{Comparison, EvalModel, Evaluation};
 pub use job::Job;
+pub use rounding::{RoleError, RoundingErrors, TensorError};

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use bytemuck::AnyBitPattern;
 use half::{bf16, f16};
-use moge_kernels::{Cpu, Elements, PANEL_ROWS, PackError, PackedFormat, pack_levels, pack_panel};
+use moge_kernels::{Cpu, Elements, PANEL_ROWS, PackError, PackedFormat, pack_int8, pack_panel};
 use moge_model::{Isa, PackedSpec, StoredTensor, count_non_finite};
 use safetensors::Dtype;
 
@@ -21,7 +21,7 @@ const PIECE_BYTES: usize = 64 << 20;
 
 /// A part of an item: panels of a packed tensor, rows of one that is copied.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Piece {
+pub(crate) struct TensorChunk {
     range: Range<usize>,
 }
 
@@ -33,7 +33,7 @@ pub(crate) struct Converted {
 
 impl Item {
     /// All of it in pieces, in order.
-    pub(crate) fn pieces(&self) -> impl Iterator<Item = Piece> + use<> {
+    pub(crate) fn pieces(&self) -> impl Iterator<Item = TensorChunk> + use<> {
         let num_rows = self.tensor().shape()[0];
         let (len, unit_rows) = match (&self.input, self.spec.packed) {
             // The sums of all rows make one small tensor.
@@ -43,11 +43,11 @@ impl Item {
         };
         let unit_bytes = self.tensor().bytes().len() / num_rows * unit_rows;
         let step = (PIECE_BYTES / unit_bytes.max(1)).max(1);
-        (0..len).step_by(step).map(move |start| Piece { range: start..len.min(start + step) })
+        (0..len).step_by(step).map(move |start| TensorChunk { range: start..len.min(start + step) })
     }
 
     /// What of its tensor a piece reads.
-    pub(crate) fn source(&self, piece: &Piece) -> StoredTensor {
+    pub(crate) fn source(&self, piece: &TensorChunk) -> StoredTensor {
         let tensor = self.tensor();
         match (&self.input, self.spec.packed) {
             (Input::Bias(_), _) => tensor.clone(),
@@ -63,7 +63,7 @@ impl Item {
     ///
     /// # Errors
     /// If an int8 weight has a bias that has no place.
-    pub(crate) fn convert(&self, cpu: &Cpu, piece: &Piece, dir: &Path) -> Result<Converted, QuantizeError> {
+    pub(crate) fn convert(&self, cpu: &Cpu, piece: &TensorChunk, dir: &Path) -> Result<Converted, QuantizeError> {
         match (&self.input, self.spec.packed) {
             (Input::Bias(bias), _) => {
                 let numbers = bias.numbers();
@@ -82,7 +82,7 @@ impl Item {
         }
     }
 
-    fn pack(&self, cpu: &Cpu, packed: PackedSpec, piece: &Piece, dir: &Path) -> Result<Converted, QuantizeError> {
+    fn pack(&self, cpu: &Cpu, packed: PackedSpec, piece: &TensorChunk, dir: &Path) -> Result<Converted, QuantizeError> {
         let panel_bytes = packed.format.panel_bytes(packed.cols);
         let mut bytes = vec![0; piece.range.len() * panel_bytes];
         let isa = cpu.isa();
@@ -132,7 +132,7 @@ fn pack_imported(
     }
     match packed.format {
         PackedFormat::W8A8 => {
-            pack_levels(numbers, &scales, packed.cols, out);
+            pack_int8(numbers, &scales, packed.cols, out);
             Ok(PackError::default())
         }
         PackedFormat::W4A8 => {

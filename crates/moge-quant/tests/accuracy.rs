@@ -7,7 +7,7 @@ use std::path::Path;
 
 use moge_kernels::{Cpu, Isa, KvType, PackedFormat, Precision};
 use moge_model::{Architecture, LoadMode, Model, QuantScheme, TokenId};
-use moge_quant::{Comparison, Evaluation, Side};
+use moge_quant::{Comparison, EvalModel, Evaluation};
 
 use common::{mixed_scheme, synth, synth_config};
 
@@ -21,7 +21,7 @@ fn compare(dir: &Path, scheme: Option<QuantScheme>, kv: KvType) -> Comparison {
             Some(scheme) => Model::load_quantizing(dir, &cpu, scheme, &|_, _| ()),
             None => Model::load(dir, LoadMode::Mmap, &|_, _| ()),
         };
-        Side::new(model.unwrap(), &cpu, Precision::F32, kv, CONTEXT)
+        EvalModel::new(model.unwrap(), &cpu, Precision::F32, kv, CONTEXT)
     };
     let tokens: Vec<TokenId> = (0..3 * CONTEXT as u32).map(|i| TokenId(i * 7919 % 251)).collect();
     let windows: Vec<&[TokenId]> = tokens.chunks(CONTEXT).collect();

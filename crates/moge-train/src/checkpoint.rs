@@ -84,7 +84,7 @@ pub struct Resumed {
     /// The place in the data.
     pub data: DataState,
     /// Newer checkpoints that are not whole; they were renamed.
-    pub damaged: Vec<Damage>,
+    pub damaged: Vec<CorruptCheckpoint>,
     /// What the run file says otherwise than when the checkpoint was written, a sentence each.
     pub changes: Vec<String>,
 }
@@ -92,7 +92,7 @@ pub struct Resumed {
 /// A checkpoint that is not whole.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}: {problem}", path.display())]
-pub struct Damage {
+pub struct CorruptCheckpoint {
     /// The file or directory that is not as it was written.
     pub path: PathBuf,
     /// What is wrong with it.
@@ -102,7 +102,7 @@ pub struct Damage {
 /// Why a checkpoint is not taken up.
 enum LoadError {
     /// It is not whole: an older one may be.
-    Damaged(Damage),
+    Damaged(CorruptCheckpoint),
     /// It is whole, and not one of this run.
     Refused(CheckpointsError),
 }
@@ -310,7 +310,7 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, LoadError> {
 }
 
 fn damaged(path: &Path, problem: &dyn Display) -> LoadError {
-    LoadError::Damaged(Damage { path: path.to_owned(), problem: problem.to_string() })
+    LoadError::Damaged(CorruptCheckpoint { path: path.to_owned(), problem: problem.to_string() })
 }
 
 /// `config.json` of the model, with the type that the weights of checkpoints have.

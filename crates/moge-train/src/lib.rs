@@ -16,7 +16,7 @@ mod testing;
 mod trainer;
 
 pub use batch::TokenBatch;
-pub use checkpoint::{Checkpoints, CheckpointsError, Damage, Resumed, load_weights};
+pub use checkpoint::{Checkpoints, CheckpointsError, CorruptCheckpoint, Resumed, load_weights};
 pub use config::{
     ComputeConfig, Init, LossConfig, OptimizerConfig, OutputConfig, PhaseConfig, RunConfig, RunConfigError, RunModel,
     SourceConfig, SourceFormat,

@@ -18,8 +18,8 @@ mod workspace;
 use std::ops::Range;
 
 use moge_kernels::{
-    Cpu, Elements, IGNORED_TARGET, Matrix, PieceAttentionScratch, Products, RopeAngles, Store, cross_entropy, embed,
-    embed_backward, rope_angles,
+    Accumulate, Cpu, Elements, IGNORED_TARGET, Matrix, RopeAngles, SegmentAttentionScratch, TrainGemm, cross_entropy,
+    embed, embed_backward, rope_angles,
 };
 use moge_model::cost::NetworkCost;
 use moge_model::{ExpertId, Layer, LayerMlp, ModelConfig, MoeConfig, Swiglu};
@@ -27,7 +27,7 @@ use moge_model::{ExpertId, Layer, LayerMlp, ModelConfig, MoeConfig, Swiglu};
 use crate::batch::TokenBatch;
 pub use routing::RoutingLosses;
 use spans::{Gradients, Linear, MatrixSpan, Spans};
-use workspace::{Kept, Scratch, logit_rows};
+use workspace::{Activations, Scratch, logit_rows};
 pub use workspace::{MAX_ROWS, TrainMemory, Workspace};
 
 /// A network's description and the places of its parameters.
@@ -35,7 +35,7 @@ pub use workspace::{MAX_ROWS, TrainMemory, Workspace};
 pub struct TrainNetwork {
     config: ModelConfig,
     embedding: MatrixSpan,
-    layers: Vec<LayerPlaces>,
+    layers: Vec<LayerParams>,
     final_norm: Range<usize>,
     head: MatrixSpan,
     inverse_frequencies: Vec<f32>,
@@ -44,15 +44,15 @@ pub struct TrainNetwork {
 
 /// A layer's places.
 #[derive(Debug)]
-struct LayerPlaces {
+struct LayerParams {
     spans: Layer<MatrixSpan, Range<usize>>,
     /// Those of the routed half, as products want them.
-    experts: Option<ExpertPlaces>,
+    experts: Option<ExpertParams>,
 }
 
-/// Places of a layer's router and routed experts.
+/// ParamOffsets of a layer's router and routed experts.
 #[derive(Debug)]
-struct ExpertPlaces {
+struct ExpertParams {
     moe: MoeConfig,
     /// Place of the layer among those with experts.
     routed_index: usize,
@@ -109,17 +109,17 @@ struct Pass<'a> {
 }
 
 /// Memory of a pass that no layer keeps.
-struct Tools<'a> {
-    products: &'a mut Products,
-    exact: &'a mut Products,
-    attention: &'a mut PieceAttentionScratch,
+struct PassScratch<'a> {
+    products: &'a mut TrainGemm,
+    gemm_f32: &'a mut TrainGemm,
+    attention: &'a mut SegmentAttentionScratch,
     scratch: &'a mut Scratch,
 }
 
-impl LayerPlaces {
-    fn new(config: &ModelConfig, index: usize, spans: Layer<MatrixSpan, Range<usize>>) -> LayerPlaces {
+impl LayerParams {
+    fn new(config: &ModelConfig, index: usize, spans: Layer<MatrixSpan, Range<usize>>) -> LayerParams {
         let experts = match &spans.mlp {
-            LayerMlp::Experts(experts) => Some(ExpertPlaces {
+            LayerMlp::Experts(experts) => Some(ExpertParams {
                 moe: *config.moe().expect("a layer has experts"),
                 routed_index: config.routed_index(index).expect("the layer has experts"),
                 router: experts.router,
@@ -129,7 +129,7 @@ impl LayerPlaces {
             }),
             LayerMlp::Dense(_) => None,
         };
-        LayerPlaces { spans, experts }
+        LayerParams { spans, experts }
     }
 
     /// The MLP that every row goes through: the only one, or the shared expert if there is one.
@@ -148,7 +148,7 @@ impl TrainNetwork {
         TrainNetwork {
             config: config.clone(),
             embedding,
-            layers: layers.into_iter().enumerate().map(|(i, spans)| LayerPlaces::new(config, i, spans)).collect(),
+            layers: layers.into_iter().enumerate().map(|(i, spans)| LayerParams::new(config, i, spans)).collect(),
             final_norm,
             head,
             inverse_frequencies: config.rope.inverse_frequencies(),
@@ -174,18 +174,18 @@ impl TrainNetwork {
     pub fn forward_backward(
         &self,
         cpu: &Cpu,
-        (params, grads): (&[f32], (&mut [f32], Store)),
+        (params, grads): (&[f32], (&mut [f32], Accumulate)),
         batch: Batch<'_>,
         scales: LossScales,
         work: &mut Workspace,
     ) -> Losses {
         let mut grads = Gradients { numbers: grads.0, store: grads.1 };
         let mut losses = Losses::default();
-        let Workspace { products, exact, attention, cos, sin, stream, kept, scratch } = self.begin(batch, work);
+        let Workspace { products, gemm_f32, attention, cos, sin, stream, kept, scratch } = self.begin(batch, work);
         let (cpu, config, offsets) = (cpu, &self.config, &batch.rows.offsets[..]);
         let angles = RopeAngles { cos, sin };
         let pass = Pass { cpu, config, params, offsets, angles, forced: batch.forced_experts, scales };
-        let mut tools = Tools { products, exact, attention, scratch };
+        let mut tools = PassScratch { products, gemm_f32, attention, scratch };
         self.forward(&pass, &batch.rows.tokens, (stream, kept), &mut tools, &mut losses);
         let mut d_stream = std::mem::take(&mut stream[self.layers.len()]);
         losses.cross_entropy = self.head(&pass, &mut d_stream, batch, &mut tools, &mut grads);
@@ -201,7 +201,7 @@ impl TrainNetwork {
             pass.attention_backward(&layer.spans, (&mut d_stream, &stream[index]), kept, &mut tools, &mut grads);
         }
         let d_table = &mut grads.numbers[self.embedding.range()];
-        if grads.store == Store::Set && self.head.start != self.embedding.start {
+        if grads.store == Accumulate::Set && self.head.start != self.embedding.start {
             d_table.fill(0.0);
         }
         embed_backward(cpu, d_table, &d_stream, &batch.rows.tokens);
@@ -215,12 +215,12 @@ impl TrainNetwork {
     /// As [`TrainNetwork::forward_backward`].
     pub fn logits(&self, cpu: &Cpu, params: &[f32], batch: Batch<'_>, work: &mut Workspace) -> Vec<f32> {
         let mut losses = Losses::default();
-        let Workspace { products, exact, attention, cos, sin, stream, kept, scratch } = self.begin(batch, work);
+        let Workspace { products, gemm_f32, attention, cos, sin, stream, kept, scratch } = self.begin(batch, work);
         let (config, offsets) = (&self.config, &batch.rows.offsets[..]);
         let scales = LossScales { cross_entropy: 0.0, aux: 0.0, z: 0.0 };
         let angles = RopeAngles { cos, sin };
         let pass = Pass { cpu, config, params, offsets, angles, forced: batch.forced_experts, scales };
-        let mut tools = Tools { products, exact, attention, scratch };
+        let mut tools = PassScratch { products, gemm_f32, attention, scratch };
         self.forward(&pass, &batch.rows.tokens, (stream, kept), &mut tools, &mut losses);
         let normed = &mut tools.scratch.hidden[0];
         pass.norm(normed, &stream[self.layers.len()], &self.final_norm);
@@ -234,7 +234,7 @@ impl TrainNetwork {
         assert_eq!(batch.rows.targets.len(), batch.rows.num_rows(), "targets");
         assert_eq!(batch.rows.offsets.last(), Some(&batch.rows.num_rows()), "the last offset");
         if let Some(forced) = batch.forced_experts {
-            let per_layer = |layer: &LayerPlaces| layer.experts.as_ref().map_or(0, |e| e.moe.experts_per_token());
+            let per_layer = |layer: &LayerParams| layer.experts.as_ref().map_or(0, |e| e.moe.experts_per_token());
             let per_row: usize = self.layers.iter().map(per_layer).sum();
             assert_eq!(forced.len(), batch.rows.num_rows() * per_row, "forced experts");
         }
@@ -250,8 +250,8 @@ impl TrainNetwork {
         &self,
         pass: &Pass<'_>,
         tokens: &[u32],
-        (stream, kept): (&mut [Vec<f32>], &mut [Kept]),
-        tools: &mut Tools<'_>,
+        (stream, kept): (&mut [Vec<f32>], &mut [Activations]),
+        tools: &mut PassScratch<'_>,
         losses: &mut Losses,
     ) {
         let table = Elements::F32(&pass.params[self.embedding.range()]);
@@ -277,7 +277,7 @@ impl TrainNetwork {
         pass: &Pass<'_>,
         stream: &mut [f32],
         batch: Batch<'_>,
-        tools: &mut Tools<'_>,
+        tools: &mut PassScratch<'_>,
         grads: &mut Gradients<'_>,
     ) -> f64 {
         let Scratch { hidden: [normed, d_normed, _], logits, losses, partials, .. } = &mut *tools.scratch;
@@ -292,7 +292,7 @@ impl TrainNetwork {
         }
         let rows_at_once = logit_rows(&self.config, rows.len());
         let mut head_grads = Gradients { numbers: &mut *grads.numbers, store: grads.store };
-        if rows.is_empty() && grads.store == Store::Set {
+        if rows.is_empty() && grads.store == Accumulate::Set {
             head_grads.numbers[self.head.range()].fill(0.0);
         }
         for start in (0..rows.len()).step_by(rows_at_once.max(1)) {
@@ -304,14 +304,14 @@ impl TrainNetwork {
             let losses = &mut losses[part.clone()];
             cross_entropy(pass.cpu, logits, &targets[part.clone()], &scales[part.clone()], losses);
             Linear { cpu, products, span }.backward_weight(&mut head_grads, logits, x);
-            head_grads.store = Store::Add;
+            head_grads.store = Accumulate::Add;
             let dx = &mut d_normed[part.start * hidden..part.end * hidden];
-            Linear { cpu, products, span }.backward_input(pass.params, dx, logits, Store::Set);
+            Linear { cpu, products, span }.backward_input(pass.params, dx, logits, Accumulate::Set);
         }
         spread_rows(d_normed, &rows, hidden);
         let x = &mut *normed;
         x.copy_from_slice(stream);
-        pass.norm_backward((stream, Store::Set), (d_normed, x), &self.final_norm, partials, grads);
+        pass.norm_backward((stream, Accumulate::Set), (d_normed, x), &self.final_norm, partials, grads);
         losses.iter().zip(&weights).map(|(&loss, &weight)| f64::from(weight) * f64::from(loss)).sum()
     }
 }
@@ -330,10 +330,10 @@ fn spread_rows(x: &mut [f32], rows: &[usize], width: usize) {
 impl Pass<'_> {
     fn layer(
         &self,
-        layer: &LayerPlaces,
+        layer: &LayerParams,
         (input, output): (&[f32], &mut [f32]),
-        kept: &mut Kept,
-        tools: &mut Tools<'_>,
+        kept: &mut Activations,
+        tools: &mut PassScratch<'_>,
     ) {
         self.attention(&layer.spans, input, kept, tools);
         self.mlp(layer, output, kept, tools);

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use moge_model::{CheckpointError, Cpu};
 use thiserror::Error;
 
-use crate::checkpoint::{Checkpoints, CheckpointsError, Damage, load_weights};
+use crate::checkpoint::{Checkpoints, CheckpointsError, CorruptCheckpoint, load_weights};
 use crate::config::{Init, RunConfig};
 use crate::data::{DataError, DataLoader, DataProgress};
 use crate::init::initial_weights;
@@ -33,7 +33,7 @@ pub struct Session {
     checkpoint_every: u64,
     num_steps: u64,
     last: LastCheckpoint,
-    damaged: Vec<Damage>,
+    damaged: Vec<CorruptCheckpoint>,
     changes: Vec<String>,
 }
 
@@ -215,7 +215,7 @@ impl Session {
     }
 
     /// Checkpoints that were found not to be whole when the run was opened.
-    pub fn damaged(&self) -> &[Damage] {
+    pub fn damaged(&self) -> &[CorruptCheckpoint] {
         &self.damaged
     }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use moge_kernels::{AdamW, Store, adamw, f32_flops_per_s, sum_of_squares, sum_of_squares_scratch_len};
+use moge_kernels::{Accumulate, AdamW, adamw, f32_flops_per_s, sum_of_squares, sum_of_squares_scratch_len};
 use moge_model::{Cpu, ModelConfig};
 use thiserror::Error;
 
@@ -163,7 +163,7 @@ impl Optimizer {
         let num_targets = batches.iter().map(TokenBatch::num_targets).sum::<usize>().max(1) as f64;
         let num_rows = batches.iter().map(TokenBatch::num_rows).sum::<usize>() as f64;
         let mut sum = Losses::default();
-        let mut store = Store::Set;
+        let mut store = Accumulate::Set;
         for rows in batches {
             let share = rows.num_rows() as f64 / num_rows;
             let scales = LossScales {
@@ -178,7 +178,7 @@ impl Optimizer {
             sum.routing.aux += losses.routing.aux * share;
             sum.routing.z += losses.routing.z * share;
             add_load(&mut sum.expert_load, losses.expert_load);
-            store = Store::Add;
+            store = Accumulate::Add;
         }
         StepLosses {
             loss: sum.cross_entropy / num_targets,

@@ -23,12 +23,12 @@ use crate::isa::Isa;
 use crate::simd::round_to_bf16;
 use chunk::{AttendChunk, MergeParts, PrefetchChunk, Worker};
 use encode::{Attend, PutQueries};
+use paged_kv::{KvStorage, KvView};
 pub use paged_kv::{KvType, PagedKv};
-use paged_kv::{KvView, Store};
 use scratch::Work;
 pub use scratch::{AttentionLimits, AttentionScratch};
 use split::{CHUNK_LEN, part_len};
-pub use training::{AttentionKept, PieceAttention, PieceAttentionScratch, attention_backward, attention_forward};
+pub use training::{AttentionKept, SegmentAttention, SegmentAttentionScratch, attention_backward, attention_forward};
 pub use write::{QkvParams, write_qkv};
 
 /// A block of the KV cache: the place of `block_size` consecutive tokens of one sequence.
@@ -85,11 +85,11 @@ pub fn paged_attention(
     scratch.list_work(rows.sequences);
     let isa = cpu.isa();
     match &kv.store {
-        Store::F32(numbers) => Step { isa, limits, rows, kv: numbers.view(kv.layout) }.attend(cpu, out, scratch),
-        Store::Bf16(numbers) => {
+        KvStorage::F32(numbers) => Step { isa, limits, rows, kv: numbers.view(kv.layout) }.attend(cpu, out, scratch),
+        KvStorage::Bf16(numbers) => {
             Step { isa, limits, rows, kv: numbers.view(kv.layout).as_bf16() }.attend(cpu, out, scratch);
         }
-        Store::Int8(numbers) => Step { isa, limits, rows, kv: numbers.view(kv.layout) }.attend(cpu, out, scratch),
+        KvStorage::Int8(numbers) => Step { isa, limits, rows, kv: numbers.view(kv.layout) }.attend(cpu, out, scratch),
     }
 }
 

@@ -38,7 +38,7 @@ impl From<Precision> for KvType {
 /// with `head_dim` filled up to whole registers by zeros. bf16 and int8 numbers lie there in pairs along the first
 /// dimension.
 pub struct PagedKv {
-    pub(super) store: Store,
+    pub(super) store: KvStorage,
     pub(super) layout: Layout,
     /// The last write that touched each block: no two sequences may write to one block at once.
     last_write: Vec<u64>,
@@ -55,7 +55,7 @@ pub(super) struct Layout {
 }
 
 /// Numbers of one type. Scales are there only for int8: `[num_blocks, num_kv_heads, block_size]`.
-pub(super) struct Numbers<T> {
+pub(super) struct KvBuffers<T> {
     pub(super) keys: Vec<T>,
     pub(super) values: Vec<T>,
     pub(super) key_scales: Vec<f32>,
@@ -63,10 +63,10 @@ pub(super) struct Numbers<T> {
 }
 
 /// bf16 numbers are kept as bits, because zeroed integers cost nothing until they are touched.
-pub(super) enum Store {
-    F32(Numbers<f32>),
-    Bf16(Numbers<u16>),
-    Int8(Numbers<i8>),
+pub(super) enum KvStorage {
+    F32(KvBuffers<f32>),
+    Bf16(KvBuffers<u16>),
+    Int8(KvBuffers<i8>),
 }
 
 /// [`Numbers`] to read, with bf16 as such.
@@ -101,9 +101,9 @@ impl PagedKv {
         let len = len.filter(|&len| len > 0).unwrap_or_else(|| panic!("sizes of a KV cache: {layout:?}"));
         let num_scales = len / layout.width();
         let store = match kv_type {
-            KvType::F32 => Store::F32(Numbers::new(len, 0)),
-            KvType::Bf16 => Store::Bf16(Numbers::new(len, 0)),
-            KvType::Int8 => Store::Int8(Numbers::new(len, num_scales)),
+            KvType::F32 => KvStorage::F32(KvBuffers::new(len, 0)),
+            KvType::Bf16 => KvStorage::Bf16(KvBuffers::new(len, 0)),
+            KvType::Int8 => KvStorage::Int8(KvBuffers::new(len, num_scales)),
         };
         PagedKv { store, layout, last_write: vec![0; num_blocks], num_writes: 0 }
     }
@@ -123,9 +123,9 @@ impl PagedKv {
     /// How its numbers are stored.
     pub fn kv_type(&self) -> KvType {
         match self.store {
-            Store::F32(_) => KvType::F32,
-            Store::Bf16(_) => KvType::Bf16,
-            Store::Int8(_) => KvType::Int8,
+            KvStorage::F32(_) => KvType::F32,
+            KvStorage::Bf16(_) => KvType::Bf16,
+            KvStorage::Int8(_) => KvType::Int8,
         }
     }
 
@@ -144,9 +144,9 @@ impl PagedKv {
     }
 }
 
-impl<T: Copy + Default> Numbers<T> {
-    fn new(len: usize, num_scales: usize) -> Numbers<T> {
-        Numbers {
+impl<T: Copy + Default> KvBuffers<T> {
+    fn new(len: usize, num_scales: usize) -> KvBuffers<T> {
+        KvBuffers {
             keys: vec![T::default(); len],
             values: vec![T::default(); len],
             key_scales: vec![0.0; num_scales],
@@ -155,7 +155,7 @@ impl<T: Copy + Default> Numbers<T> {
     }
 
     pub(super) fn view(&self, layout: Layout) -> KvView<'_, T> {
-        let Numbers { keys, values, key_scales, value_scales } = self;
+        let KvBuffers { keys, values, key_scales, value_scales } = self;
         KvView { layout, keys, values, key_scales, value_scales }
     }
 }

@@ -1,7 +1,7 @@
 use super::{AttentionLimits, AttentionRows, AttentionScratch, BlockId, KvType, PagedKv, QkvParams, SequenceRows};
 use super::{paged_attention, write_qkv};
 use crate::attention::numbers::KvNumber;
-use crate::attention::paged_kv::Store;
+use crate::attention::paged_kv::KvStorage;
 use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu};
 use crate::{Cpu, Isa, Precision, RopeAngles, RopeHead, RopeLayout, round_to_bf16};
 use half::bf16;
@@ -313,12 +313,12 @@ fn stored(kv: &PagedKv, block: usize, head: usize, slot: usize) -> [Vec<f32>; 2]
     let start = head * layout.head_len();
     let (key, value) = ([start, slot, 0], [start, slot, layout.width()]);
     match &kv.store {
-        Store::F32(x) => [read(&x.keys, key, |x| x), read(&x.values, value, |x| x)],
-        Store::Bf16(x) => {
+        KvStorage::F32(x) => [read(&x.keys, key, |x| x), read(&x.values, value, |x| x)],
+        KvStorage::Bf16(x) => {
             let x = x.view(layout).as_bf16();
             [read(x.keys, key, bf16::to_f32), read(x.values, value, bf16::to_f32)]
         }
-        Store::Int8(x) => {
+        KvStorage::Int8(x) => {
             let place = head * BLOCK_SIZE + slot;
             let widen = |scale: f32| move |x: i8| f32::from(x) * scale;
             [read(&x.keys, key, widen(x.key_scales[place])), read(&x.values, value, widen(x.value_scales[place]))]

@@ -5,7 +5,7 @@ use half::slice::HalfBitsSliceExt;
 
 use super::encode::{integer_scale, max_abs};
 use super::numbers::KvNumber;
-use super::paged_kv::{Layout, Numbers, Store};
+use super::paged_kv::{KvBuffers, KvStorage, Layout};
 use super::scratch::WriteRun;
 use super::{AttentionScratch, PagedKv, SequenceRows};
 use crate::cpu::{Cpu, SharedMut};
@@ -60,14 +60,14 @@ pub fn write_qkv(
     scratch.list_writes(sequences, layout.block_size);
     let runs = &scratch.write_runs;
     match &mut kv.store {
-        Store::F32(numbers) => Places::new(numbers, layout).write(cpu, [q, k, v], params, runs),
-        Store::Bf16(Numbers { keys, values, key_scales, value_scales }) => {
+        KvStorage::F32(numbers) => Places::new(numbers, layout).write(cpu, [q, k, v], params, runs),
+        KvStorage::Bf16(KvBuffers { keys, values, key_scales, value_scales }) => {
             let (keys, values) = (keys.reinterpret_cast_mut::<bf16>(), values.reinterpret_cast_mut());
             let [keys, values] = [keys, values].map(SharedMut::new);
             let [key_scales, value_scales] = [key_scales, value_scales].map(|scales| SharedMut::new(scales));
             Places { keys, values, key_scales, value_scales, layout }.write(cpu, [q, k, v], params, runs);
         }
-        Store::Int8(numbers) => Places::new(numbers, layout).write(cpu, [q, k, v], params, runs),
+        KvStorage::Int8(numbers) => Places::new(numbers, layout).write(cpu, [q, k, v], params, runs),
     }
 }
 
@@ -124,8 +124,8 @@ struct HeadPlaces<'a, T> {
 }
 
 impl<'a, T: StoreNumbers> Places<'a, T> {
-    fn new(numbers: &'a mut Numbers<T>, layout: Layout) -> Places<'a, T> {
-        let Numbers { keys, values, key_scales, value_scales } = numbers;
+    fn new(numbers: &'a mut KvBuffers<T>, layout: Layout) -> Places<'a, T> {
+        let KvBuffers { keys, values, key_scales, value_scales } = numbers;
         let [keys, values] = [keys, values].map(|numbers| SharedMut::new(numbers));
         let [key_scales, value_scales] = [key_scales, value_scales].map(|scales| SharedMut::new(scales));
         Places { keys, values, key_scales, value_scales, layout }

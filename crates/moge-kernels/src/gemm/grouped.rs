@@ -1,4 +1,4 @@
-//! Products with one weight per expert, each over the rows that were dispatched to it.
+//! TrainGemm with one weight per expert, each over the rows that were dispatched to it.
 
 use std::ops::Range;
 

@@ -12,7 +12,7 @@ mod tests;
 pub(crate) mod tile;
 
 pub use grouped::{GroupedRows, grouped_gemm, grouped_swiglu};
-pub use products::{ExpertWeights, ProductRows, Products};
+pub use products::{ExpertWeights, ProductRows, TrainGemm};
 
 use crate::cpu::Cpu;
 use crate::elements::Matrix;

@@ -56,7 +56,7 @@ pub(crate) struct Packed {
 
 /// Numbers of a matrix: row `m`, column `n` at `start + m * stride + n`.
 #[derive(Clone, Copy)]
-pub(crate) struct Numbers<P> {
+pub(crate) struct Strided<P> {
     pub(crate) start: P,
     pub(crate) stride: usize,
 }
@@ -71,8 +71,8 @@ pub(crate) unsafe fn multiply_block<S: Simd>(
     simd: S,
     left: Packed,
     right: Packed,
-    out: Numbers<*mut f32>,
-    addend: Option<Numbers<*const f32>>,
+    out: Strided<*mut f32>,
+    addend: Option<Strided<*const f32>>,
 ) {
     for col in (0..right.count).step_by(panel_cols::<S>()) {
         // SAFETY: The caller's promise; panels before this one have `len` rows of its columns each.
@@ -82,8 +82,8 @@ pub(crate) unsafe fn multiply_block<S: Simd>(
                 count: panel_cols::<S>().min(right.count - col),
                 len: right.len,
             };
-            let out = Numbers { start: out.start.add(col), ..out };
-            let addend = addend.map(|addend| Numbers { start: addend.start.add(col), ..addend });
+            let out = Strided { start: out.start.add(col), ..out };
+            let addend = addend.map(|addend| Strided { start: addend.start.add(col), ..addend });
             if S::LANES == 16 {
                 match panel.count.div_ceil(S::LANES) {
                     1 => multiply_panel::<S, 8, 1>(simd, left, panel, out, addend),
@@ -106,16 +106,16 @@ unsafe fn multiply_panel<S: Simd, const M: usize, const N: usize>(
     simd: S,
     left: Packed,
     panel: Packed,
-    out: Numbers<*mut f32>,
-    addend: Option<Numbers<*const f32>>,
+    out: Strided<*mut f32>,
+    addend: Option<Strided<*const f32>>,
 ) {
     for first in (0..left.count).step_by(M) {
         let num_rows = M.min(left.count - first);
         // SAFETY: The caller's promise; tiles before this one have `len` columns of its rows each. Of the output only rows
         // below `count` and columns of the panel are touched; beyond them nothing but a prefetch is computed.
         unsafe {
-            let out = Numbers { start: out.start.add(first * out.stride), ..out };
-            let addend = addend.map(|addend| Numbers { start: addend.start.add(first * addend.stride), ..addend });
+            let out = Strided { start: out.start.add(first * out.stride), ..out };
+            let addend = addend.map(|addend| Strided { start: addend.start.add(first * addend.stride), ..addend });
             for m in 0..M {
                 simd.prefetch(out.start.wrapping_add(m * out.stride).cast());
             }
@@ -134,8 +134,8 @@ unsafe fn multiply_panel<S: Simd, const M: usize, const N: usize>(
 unsafe fn store_tile<S: Simd, const M: usize, const N: usize>(
     simd: S,
     mut sums: [[S::Vector; N]; M],
-    out: Numbers<*mut f32>,
-    addend: Option<Numbers<*const f32>>,
+    out: Strided<*mut f32>,
+    addend: Option<Strided<*const f32>>,
 ) {
     // SAFETY: The caller's promise for every row and register.
     unsafe {
@@ -161,8 +161,8 @@ unsafe fn store_edge<S: Simd, const M: usize, const N: usize>(
     simd: S,
     sums: [[S::Vector; N]; M],
     [num_rows, num_cols]: [usize; 2],
-    out: Numbers<*mut f32>,
-    addend: Option<Numbers<*const f32>>,
+    out: Strided<*mut f32>,
+    addend: Option<Strided<*const f32>>,
 ) {
     for m in 0..M {
         let mut row = [0.0; MAX_PANEL_COLS];

@@ -9,11 +9,11 @@ mod tests;
 use std::ops::Range;
 
 use super::panel::{
-    BLOCK_ROWS, LINE_LEN, MAX_PIECE_LEN, Numbers, PACK_SLACK, Packed, multiply_block, pack_rows, pack_steps,
+    BLOCK_ROWS, LINE_LEN, MAX_PIECE_LEN, PACK_SLACK, Packed, Strided, multiply_block, pack_rows, pack_steps,
     panel_cols, piece_len, tile_rows,
 };
 use crate::cpu::{Cpu, SharedMut};
-use crate::elements::{Precision, Store};
+use crate::elements::{Accumulate, Precision};
 use crate::simd::{Aligned, Simd, SimdOp, map};
 
 /// Most output rows of a part: each panel that is packed serves so many.
@@ -92,7 +92,7 @@ impl ExpertWeights<'_> {
 
 /// Computes the products; holds the memory in which its threads pack pieces of the factors.
 #[derive(Debug)]
-pub struct Products {
+pub struct TrainGemm {
     activation: Precision,
     /// One for each worker, in cache lines, so that registers do not straddle two.
     scratch: Vec<Vec<Aligned<[f32; LINE_LEN]>>>,
@@ -102,11 +102,11 @@ pub struct Products {
 const PANELS_LINES: usize = (MAX_PIECE_LEN * PART_COLS + PACK_SLACK).div_ceil(LINE_LEN);
 const TILES_LINES: usize = (MAX_PIECE_LEN * BLOCK_ROWS + PACK_SLACK).div_ceil(LINE_LEN);
 
-impl Products {
-    /// Products on the threads of `cpu`. With bf16 both factors are rounded to it; sums stay f32.
-    pub fn new(cpu: &Cpu, activation: Precision) -> Products {
+impl TrainGemm {
+    /// TrainGemm on the threads of `cpu`. With bf16 both factors are rounded to it; sums stay f32.
+    pub fn new(cpu: &Cpu, activation: Precision) -> TrainGemm {
         let scratch = vec![Aligned([0.0; LINE_LEN]); PANELS_LINES + TILES_LINES];
-        Products { activation, scratch: vec![scratch; cpu.num_threads()] }
+        TrainGemm { activation, scratch: vec![scratch; cpu.num_threads()] }
     }
 
     /// `out[d, n] = bias[n] + sum over k of x[d, k] * w[n, k]`, with the weight `w` of the expert that row `d` belongs to.
@@ -154,7 +154,7 @@ impl Products {
         dx: &mut [f32],
         dy: ProductRows<'_>,
         (numbers, weights): (&[f32], ExpertWeights<'_>),
-        store: Store,
+        store: Accumulate,
     ) {
         let ExpertWeights { rows, cols, .. } = weights;
         weights.check(numbers.len());
@@ -186,7 +186,7 @@ impl Products {
         (dw, weights): (&mut [f32], ExpertWeights<'_>),
         dy: ProductRows<'_>,
         x: ProductRows<'_>,
-        store: Store,
+        store: Accumulate,
     ) {
         let ExpertWeights { rows, cols, .. } = weights;
         weights.check(dw.len());
@@ -340,17 +340,17 @@ enum Begin<'a> {
 }
 
 impl Begin<'_> {
-    fn of(store: Store) -> Self {
+    fn of(store: Accumulate) -> Self {
         match store {
-            Store::Set => Begin::Zero,
-            Store::Add => Begin::Output,
+            Accumulate::Set => Begin::Zero,
+            Accumulate::Add => Begin::Output,
         }
     }
 }
 
 /// The numbers of a part in its output.
 struct Block {
-    numbers: Numbers<*mut f32>,
+    numbers: Strided<*mut f32>,
     num_rows: usize,
     num_cols: usize,
 }
@@ -364,7 +364,7 @@ impl Block {
         let len = if m.is_empty() || n.is_empty() { 0 } else { (m.len() - 1) * stride + n.len() };
         // SAFETY: `pointer` checks the bounds; of the numbers between, only those of the block are touched.
         let start = unsafe { out.pointer(start + n.start..start + n.start + len) };
-        Block { numbers: Numbers { start, stride }, num_rows: m.len(), num_cols: n.len() }
+        Block { numbers: Strided { start, stride }, num_rows: m.len(), num_cols: n.len() }
     }
 }
 
@@ -384,8 +384,8 @@ impl SimdOp for MultiplyPart<'_> {
         let Block { numbers: out, num_rows, num_cols } = self.part.out;
         let mut addend = match self.part.begin {
             Begin::Zero => None,
-            Begin::Output => Some(Numbers { start: out.start.cast_const(), stride: out.stride }),
-            Begin::Row(numbers) => Some(Numbers { start: numbers.as_ptr(), stride: 0 }),
+            Begin::Output => Some(Strided { start: out.start.cast_const(), stride: out.stride }),
+            Begin::Row(numbers) => Some(Strided { start: numbers.as_ptr(), stride: 0 }),
         };
         // Without a step there is still one piece, which writes what the sums are added to.
         for start in (0..self.part.depth.max(1)).step_by(piece_len::<S>()) {
@@ -398,12 +398,12 @@ impl SimdOp for MultiplyPart<'_> {
                     let rows = row..num_rows.min(row + BLOCK_ROWS);
                     self.pack(simd, self.part.left, [rows.clone(), piece.clone()], tile_rows::<S>(), self.tiles);
                     let left = Packed { start: self.tiles, count: rows.len(), len: piece.len() };
-                    let out = Numbers { start: out.start.add(row * out.stride), ..out };
-                    let addend = addend.map(|a| Numbers { start: a.start.add(row * a.stride), ..a });
+                    let out = Strided { start: out.start.add(row * out.stride), ..out };
+                    let addend = addend.map(|a| Strided { start: a.start.add(row * a.stride), ..a });
                     multiply_block(simd, left, right, out, addend);
                 }
             }
-            addend = Some(Numbers { start: out.start.cast_const(), stride: out.stride });
+            addend = Some(Strided { start: out.start.cast_const(), stride: out.stride });
         }
     }
 }

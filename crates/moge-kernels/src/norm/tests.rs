@@ -2,7 +2,7 @@ use super::{
     RmsNormBackward, RmsNormParams, add, rms_norm, rms_norm_backward, rms_norm_in_place, rms_norm_scratch_len,
 };
 use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu, finite_differences};
-use crate::{Cpu, Isa, Precision, Store, round_to_bf16};
+use crate::{Accumulate, Cpu, Isa, Precision, round_to_bf16};
 
 const EPS: f32 = 1e-5;
 
@@ -84,7 +84,7 @@ fn forward(x: &[f64], weight: &[f64]) -> Vec<f64> {
 }
 
 /// The gradients of x and of the weight, replacing what was there if `store` says so, else added to `before`.
-fn backward(cpu: &Cpu, [dy, x, weight]: [&[f32]; 3], before: f32, store: Store) -> [Vec<f32>; 2] {
+fn backward(cpu: &Cpu, [dy, x, weight]: [&[f32]; 3], before: f32, store: Accumulate) -> [Vec<f32>; 2] {
     let (mut dx, mut dweight) = (vec![before; x.len()], vec![before; weight.len()]);
     let mut scratch = vec![f32::NAN; rms_norm_scratch_len(x.len() / weight.len(), weight.len())];
     let out = RmsNormBackward {
@@ -109,10 +109,10 @@ fn rms_norm_backward_matches_finite_differences_on_every_isa_and_awkward_width()
                 (x.iter().map(|&x| x.into()).collect(), weight.iter().map(|&w| w.into()).collect());
             let expected_dx = finite_differences(&x, |x| dot(&forward(x, &weight64)));
             let expected_dweight = finite_differences(&weight, |weight| dot(&forward(&x64, weight)));
-            let [dx, dweight] = backward(&cpu, [&dy, &x, &weight], f32::NAN, Store::Set);
+            let [dx, dweight] = backward(&cpu, [&dy, &x, &weight], f32::NAN, Accumulate::Set);
             assert_close(&dx, &expected_dx, 2e-5, 2e-6);
             assert_close(&dweight, &expected_dweight, 2e-6, 2e-6);
-            let [dx_added, dweight_added] = backward(&cpu, [&dy, &x, &weight], 0.5, Store::Add);
+            let [dx_added, dweight_added] = backward(&cpu, [&dy, &x, &weight], 0.5, Accumulate::Add);
             assert!(dx_added.iter().zip(&dx).all(|(added, dx)| *added == 0.5 + dx));
             assert_close(&dweight_added, &dweight.iter().map(|&x| 0.5 + f64::from(x)).collect::<Vec<_>>(), 1e-6, 2e-6);
         }
@@ -125,9 +125,9 @@ fn rms_norm_backward_has_the_same_bits_at_any_number_of_threads() {
     let mut numbers = Numbers::new(4);
     let (dy, x, weight) = (numbers.vec(num_rows * width), numbers.vec(num_rows * width), numbers.vec(width));
     for isa in Isa::available() {
-        let expected = backward(&Cpu::new(isa, 1), [&dy, &x, &weight], 0.0, Store::Set);
+        let expected = backward(&Cpu::new(isa, 1), [&dy, &x, &weight], 0.0, Accumulate::Set);
         for num_threads in [2, 3, 7] {
-            let found = backward(&Cpu::new(isa, num_threads), [&dy, &x, &weight], 0.0, Store::Set);
+            let found = backward(&Cpu::new(isa, num_threads), [&dy, &x, &weight], 0.0, Accumulate::Set);
             assert_same_bits(&found[0], &expected[0]);
             assert_same_bits(&found[1], &expected[1]);
         }

@@ -66,7 +66,7 @@ pub fn pack_panel(isa: Isa, format: PackedFormat, rows: &[f32], cols: usize, out
 /// # Panics
 /// If `levels` is not a row for each of `scales`, if there are more than a panel has, if the format does not allow
 /// `cols`, or if `out` does not have [`PackedFormat::panel_bytes`].
-pub fn pack_levels(levels: &[i8], scales: &[f32], cols: usize, out: &mut [u8]) {
+pub fn pack_int8(levels: &[i8], scales: &[f32], cols: usize, out: &mut [u8]) {
     assert!(PackedFormat::W8A8.allows_cols(cols) && scales.len() <= PANEL_ROWS, "{} x {cols}", scales.len());
     assert_eq!(levels.len(), scales.len() * cols, "levels");
     assert_eq!(out.len(), PackedFormat::W8A8.panel_bytes(cols), "bytes of a panel");

@@ -1,9 +1,9 @@
-//! Products with packed weights, spread over threads.
+//! PanelSums with packed weights, spread over threads.
 
 use std::ops::Range;
 
 use super::rows::{Tile, tiles};
-use super::tile::{MAX_PANELS, Products, multiply_panels, with_place};
+use super::tile::{MAX_PANELS, PanelSums, multiply_panels, with_place};
 use super::{PANEL_ROWS, PackedFormat, PackedMatrix, QuantizedRows};
 use crate::combine::Begin;
 use crate::cpu::{Cpu, SharedMut};
@@ -186,8 +186,8 @@ fn each_panel(
     panels: Range<usize>,
     weight: PackedMatrix<'_>,
     x: Tile<'_>,
-    products: &mut [Products; MAX_PANELS],
-    mut body: impl FnMut(usize, &Products),
+    products: &mut [PanelSums; MAX_PANELS],
+    mut body: impl FnMut(usize, &PanelSums),
 ) {
     for some in runs(panels, MAX_PANELS) {
         multiply_panels(isa, some.clone().map(|panel| weight.panel(panel)), x, products);

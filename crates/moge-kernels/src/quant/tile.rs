@@ -13,14 +13,14 @@ use crate::simd::{Aligned, BLOCK_LEN, BYTE_BYTES, BlockInputs, Dot, DotOp, PANEL
 /// How far ahead weights are fetched, in each of the panels that are read side by side.
 const PREFETCH_BYTES: usize = 2 * W4_BLOCK_BYTES;
 
-/// Products of a tile with a panel: row of the tile, weight row. The front part that a tile has is used.
-pub(super) type Products = Aligned<[[f32; PANEL_ROWS]; TILE_ROWS]>;
+/// PanelSums of a tile with a panel: row of the tile, weight row. The front part that a tile has is used.
+pub(super) type PanelSums = Aligned<[[f32; PANEL_ROWS]; TILE_ROWS]>;
 
 /// Call `body` with this thread's place for products, which holds any numbers: clearing it would take a thousand cycles
 /// each time, and push the inputs out of L1.
-pub(super) fn with_place<T>(body: impl FnOnce(&mut [Products; MAX_PANELS]) -> T) -> T {
+pub(super) fn with_place<T>(body: impl FnOnce(&mut [PanelSums; MAX_PANELS]) -> T) -> T {
     thread_local! {
-        static PLACE: RefCell<Box<[Products; MAX_PANELS]>> =
+        static PLACE: RefCell<Box<[PanelSums; MAX_PANELS]>> =
             RefCell::new(Box::new([Aligned([[0.0; PANEL_ROWS]; TILE_ROWS]); MAX_PANELS]));
     }
     PLACE.with_borrow_mut(|place| body(place))
@@ -37,7 +37,7 @@ pub(super) fn multiply_panels<'a>(
     isa: Isa,
     panels: impl Iterator<Item = Panel<'a>>,
     x: Tile<'_>,
-    out: &mut [Products; MAX_PANELS],
+    out: &mut [PanelSums; MAX_PANELS],
 ) {
     let mut places = [None; MAX_PANELS];
     let num_panels = panels.zip(&mut places).map(|(panel, place)| *place = Some(panel)).count();
@@ -66,7 +66,7 @@ struct MultiplyNibbles<'a> {
     panels: &'a [Panel<'a>],
     num_blocks: usize,
     x: Tile<'a>,
-    out: &'a mut [Products],
+    out: &'a mut [PanelSums],
 }
 
 impl DotOp for MultiplyNibbles<'_> {
@@ -102,7 +102,7 @@ struct MultiplyBytes<'a> {
     panels: &'a [Panel<'a>],
     num_blocks: usize,
     x: Tile<'a>,
-    out: &'a mut [Products],
+    out: &'a mut [PanelSums],
 }
 
 impl DotOp for MultiplyBytes<'_> {

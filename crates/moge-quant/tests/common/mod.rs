@@ -12,7 +12,7 @@ use moge_model::{
     Architecture, Checkpoint, LayerFormats, LoadMode, ModelConfig, QuantScheme, TensorSpec, expected_tensors,
     tensor_problems,
 };
-use moge_quant::{Damage, Job, QuantizeError};
+use moge_quant::{Job, QuantizeError, RoundingErrors};
 
 /// A small network whose widths 32 divides.
 pub(crate) fn synth_config(architecture: Architecture) -> SynthConfig {
@@ -43,7 +43,7 @@ pub(crate) fn mixed_scheme() -> QuantScheme {
     QuantScheme { layers, ..uniform }
 }
 
-pub(crate) fn quantize(model: &Path, out: &Path, scheme: QuantScheme) -> Result<Damage, QuantizeError> {
+pub(crate) fn quantize(model: &Path, out: &Path, scheme: QuantScheme) -> Result<RoundingErrors, QuantizeError> {
     quantize_with(model, out, scheme, 2, usize::MAX)
 }
 
@@ -55,7 +55,7 @@ pub(crate) fn quantize_with(
     scheme: QuantScheme,
     num_threads: usize,
     num_pieces: usize,
-) -> Result<Damage, QuantizeError> {
+) -> Result<RoundingErrors, QuantizeError> {
     let cpu = Cpu::new(Isa::best(), num_threads);
     let mut left = num_pieces;
     Job::open(model, out, &scheme)?.run(&cpu, &mut |_, _| match left.checked_sub(1) {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use moge_model::{CheckpointError, WriteError};
 use thiserror::Error;
 
-use super::Damage;
+use super::CorruptCheckpoint;
 
 /// Why checkpoints cannot be written or taken up.
 #[derive(Debug, Error)]
@@ -60,10 +60,10 @@ pub enum CheckpointsError {
         /// The output directory.
         dir: PathBuf,
         /// What is wrong with each.
-        damaged: Vec<Damage>,
+        damaged: Vec<CorruptCheckpoint>,
     },
 }
 
-fn list(damaged: &[Damage]) -> String {
-    damaged.iter().map(Damage::to_string).collect::<Vec<_>>().join("; ")
+fn list(damaged: &[CorruptCheckpoint]) -> String {
+    damaged.iter().map(CorruptCheckpoint::to_string).collect::<Vec<_>>().join("; ")
 }

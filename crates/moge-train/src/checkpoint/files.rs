@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use moge_model::{WriteError, io_error, open_file};
 use serde::{Deserialize, Serialize};
 
-use super::{Damage, TEMPORARY, with_suffix};
+use super::{CorruptCheckpoint, TEMPORARY, with_suffix};
 
 /// Bytes read at a time.
 const BUFFER_BYTES: usize = 1 << 20;
@@ -43,7 +43,7 @@ impl FileSum {
     }
 
     /// Refuse a file in `dir` that is not as it was written.
-    pub(super) fn check(&self, dir: &Path) -> Result<(), Damage> {
+    pub(super) fn check(&self, dir: &Path) -> Result<(), CorruptCheckpoint> {
         let path = dir.join(&self.file);
         let problem = match sum(&path) {
             Err(error) => error.to_string(),
@@ -51,7 +51,7 @@ impl FileSum {
             Ok((_, crc32)) if crc32 != self.crc32 => "its bytes are not those that were written".to_owned(),
             Ok(_) => return Ok(()),
         };
-        Err(Damage { path, problem })
+        Err(CorruptCheckpoint { path, problem })
     }
 }
 

@@ -3,22 +3,28 @@
 use std::ops::Range;
 
 use moge_kernels::{
-    AttentionKept, PieceAttention, Precision, Products, RmsNormBackward, RmsNormParams, RopeHead, Store, add,
+    Accumulate, AttentionKept, Precision, RmsNormBackward, RmsNormParams, RopeHead, SegmentAttention, TrainGemm, add,
     attention_backward, attention_forward, column_sums, rms_norm, rms_norm_backward, rope, rope_backward,
 };
 use moge_model::{Layer, RopeConfig};
 
 use super::spans::{Gradients, Linear, MatrixSpan};
-use super::workspace::{Kept, Scratch};
-use super::{Pass, Tools};
+use super::workspace::{Activations, Scratch};
+use super::{Pass, PassScratch};
 
 type LayerSpans = Layer<MatrixSpan, Range<usize>>;
 type LinearSpans = moge_model::Linear<MatrixSpan, Range<usize>>;
 
 impl Pass<'_> {
     /// `kept.middle = input + [norm] o(attention(rope([norm] q), rope([norm] k), v))`, each of q, k, v from the normed input.
-    pub(super) fn attention(&self, layer: &LayerSpans, input: &[f32], kept: &mut Kept, tools: &mut Tools<'_>) {
-        let Kept { normed, qkv, raw_qk, attention, log_sums, middle, .. } = kept;
+    pub(super) fn attention(
+        &self,
+        layer: &LayerSpans,
+        input: &[f32],
+        kept: &mut Activations,
+        tools: &mut PassScratch<'_>,
+    ) {
+        let Activations { normed, qkv, raw_qk, attention, log_sums, middle, .. } = kept;
         self.norm(normed, input, &layer.attention_norm);
         let [q, k, v] = qkv;
         for (out, linear) in [(&mut *q, &layer.q), (&mut *k, &layer.k), (&mut *v, &layer.v)] {
@@ -46,8 +52,8 @@ impl Pass<'_> {
         &self,
         layer: &LayerSpans,
         (d_stream, input): (&mut [f32], &[f32]),
-        kept: &Kept,
-        tools: &mut Tools<'_>,
+        kept: &Activations,
+        tools: &mut PassScratch<'_>,
         grads: &mut Gradients<'_>,
     ) {
         let scratch = &mut *tools.scratch;
@@ -55,7 +61,7 @@ impl Pass<'_> {
         let d_projected: &[f32] = match &layer.post_norms {
             None => d_stream,
             Some(norms) => {
-                let out = (&mut d_projected[..], Store::Set);
+                let out = (&mut d_projected[..], Accumulate::Set);
                 self.norm_backward(out, (d_stream, &kept.projected), &norms.attention, partials, grads);
                 d_projected
             }
@@ -63,7 +69,7 @@ impl Pass<'_> {
         let products = &mut *tools.products;
         self.project_backward(products, &layer.o, d_projected, &kept.attention, grads);
         let linear = Linear { cpu: self.cpu, products, span: layer.o.weight };
-        linear.backward_input(self.params, d_attention, d_projected, Store::Set);
+        linear.backward_input(self.params, d_attention, d_projected, Accumulate::Set);
         let [q, k, v] = &kept.qkv;
         let forward = AttentionKept { qkv: [q, k, v], out: &kept.attention, log_sums: &kept.log_sums };
         attention_backward(self.cpu, self.pieces(), [dq, dk, dv], d_attention, forward, tools.attention);
@@ -73,17 +79,17 @@ impl Pass<'_> {
             for ((dx, raw), norm) in [&mut *dq, &mut *dk].into_iter().zip(&kept.raw_qk).zip(norms) {
                 let dy = &mut d_attention[..dx.len()];
                 dy.copy_from_slice(dx);
-                self.norm_backward((dx, Store::Set), (dy, raw), norm, partials, grads);
+                self.norm_backward((dx, Accumulate::Set), (dy, raw), norm, partials, grads);
             }
         }
-        let mut store = Store::Set;
+        let mut store = Accumulate::Set;
         for (dy, linear) in [(dq, &layer.q), (dk, &layer.k), (dv, &layer.v)] {
             self.project_backward(products, linear, dy, &kept.normed, grads);
             let product = Linear { cpu: self.cpu, products, span: linear.weight };
             product.backward_input(self.params, d_normed, dy, store);
-            store = Store::Add;
+            store = Accumulate::Add;
         }
-        self.norm_backward((d_stream, Store::Add), (d_normed, input), &layer.attention_norm, partials, grads);
+        self.norm_backward((d_stream, Accumulate::Add), (d_normed, input), &layer.attention_norm, partials, grads);
     }
 
     /// `out = norm(x)`, for rows as long as the weight.
@@ -96,7 +102,7 @@ impl Pass<'_> {
     /// The gradients of [`Pass::norm`].
     pub(super) fn norm_backward(
         &self,
-        (dx, dx_store): (&mut [f32], Store),
+        (dx, dx_store): (&mut [f32], Accumulate),
         (dy, x): (&[f32], &[f32]),
         weight: &Range<usize>,
         scratch: &mut [f32],
@@ -107,7 +113,7 @@ impl Pass<'_> {
         rms_norm_backward(self.cpu, out, dy, x, &self.params[weight.clone()], self.config.rms_norm_eps);
     }
 
-    fn project(&self, tools: &mut Tools<'_>, linear: &LinearSpans, out: &mut [f32], x: &[f32]) {
+    fn project(&self, tools: &mut PassScratch<'_>, linear: &LinearSpans, out: &mut [f32], x: &[f32]) {
         let bias = linear.bias.clone().map(|bias| &self.params[bias]);
         Linear { cpu: self.cpu, products: tools.products, span: linear.weight }.forward(self.params, out, x, bias);
     }
@@ -115,7 +121,7 @@ impl Pass<'_> {
     /// Gradients of a projection's weight and bias.
     fn project_backward(
         &self,
-        products: &mut Products,
+        products: &mut TrainGemm,
         linear: &LinearSpans,
         dy: &[f32],
         x: &[f32],
@@ -127,8 +133,8 @@ impl Pass<'_> {
         Linear { cpu: self.cpu, products, span: linear.weight }.backward_weight(grads, dy, x);
     }
 
-    fn pieces(&self) -> PieceAttention<'_> {
-        PieceAttention {
+    fn pieces(&self) -> SegmentAttention<'_> {
+        SegmentAttention {
             num_q_heads: self.config.num_q_heads,
             num_kv_heads: self.config.num_kv_heads,
             head_dim: self.config.head_dim,

@@ -1,11 +1,11 @@
 //! The router, forward and backward, and its losses.
 
-use moge_kernels::Store;
+use moge_kernels::Accumulate;
 use moge_model::{ExpertId, MoeConfig, Route, route_token, weigh_routes};
 
 use super::spans::{Gradients, Linear};
 use super::workspace::Routed;
-use super::{ExpertPlaces, Pass, Tools};
+use super::{ExpertParams, Pass, PassScratch};
 
 /// What the routers of all layers add to the loss of a batch: sums over the routed layers.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -19,9 +19,9 @@ pub struct RoutingLosses {
 
 impl Pass<'_> {
     /// Route the rows of `x`, `[num_rows, hidden_size]`.
-    pub(super) fn route(&self, experts: &ExpertPlaces, x: &[f32], routed: &mut Routed, tools: &mut Tools<'_>) {
+    pub(super) fn route(&self, experts: &ExpertParams, x: &[f32], routed: &mut Routed, tools: &mut PassScratch<'_>) {
         let Routed { probs, log_sums, routes, dispatch, .. } = routed;
-        Linear { cpu: self.cpu, products: tools.exact, span: experts.router }.forward(self.params, probs, x, None);
+        Linear { cpu: self.cpu, products: tools.gemm_f32, span: experts.router }.forward(self.params, probs, x, None);
         let moe = &experts.moe;
         let scale = experts.router_scale.clone().map(|range| &self.params[range]);
         let per_token = moe.experts_per_token();
@@ -56,10 +56,10 @@ impl Pass<'_> {
     /// Gradients of the router's weights from those of the routes' weights and of its losses, and of what it read: `dx`.
     pub(super) fn route_backward(
         &self,
-        experts: &ExpertPlaces,
+        experts: &ExpertParams,
         (dx, x): (&mut [f32], &[f32]),
         routed: &Routed,
-        tools: &mut Tools<'_>,
+        tools: &mut PassScratch<'_>,
         grads: &mut Gradients<'_>,
     ) {
         let moe = &experts.moe;
@@ -96,13 +96,13 @@ impl Pass<'_> {
         }
         if let Some(range) = experts.router_scale.clone() {
             for (out, sum) in grads.numbers[range].iter_mut().zip(d_scale) {
-                *out = if grads.store == Store::Set { sum as f32 } else { *out + sum as f32 };
+                *out = if grads.store == Accumulate::Set { sum as f32 } else { *out + sum as f32 };
             }
         }
-        let (products, d_logits) = (&mut *tools.exact, &*d_logits);
+        let (products, d_logits) = (&mut *tools.gemm_f32, &*d_logits);
         Linear { cpu: self.cpu, products, span: experts.router }.backward_weight(grads, d_logits, x);
         let linear = Linear { cpu: self.cpu, products, span: experts.router };
-        linear.backward_input(self.params, dx, d_logits, Store::Set);
+        linear.backward_input(self.params, dx, d_logits, Accumulate::Set);
     }
 }
 

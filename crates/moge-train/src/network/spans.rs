@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use moge_kernels::{Cpu, ExpertWeights, ProductRows, Products, Store};
+use moge_kernels::{Accumulate, Cpu, ExpertWeights, ProductRows, TrainGemm};
 use moge_model::{MatrixSpec, ModelConfig, Network, Part, Share, TensorSource};
 
 /// The network whose tensors are places in a flat vector, as [`crate::Layout`] orders them.
@@ -18,21 +18,21 @@ pub(super) struct MatrixSpan {
 
 /// The places of the tensors of the network that `config` describes.
 pub(super) fn spans(config: &ModelConfig) -> Spans {
-    Network::build(config, Share::WHOLE, &mut Places { len: 0 })
+    Network::build(config, Share::WHOLE, &mut ParamOffsets { len: 0 })
 }
 
-struct Places {
+struct ParamOffsets {
     len: usize,
 }
 
-impl Places {
+impl ParamOffsets {
     fn take(&mut self, len: usize) -> usize {
         self.len += len;
         self.len - len
     }
 }
 
-impl TensorSource for Places {
+impl TensorSource for ParamOffsets {
     type Matrix = MatrixSpan;
     type Vector = Range<usize>;
 
@@ -67,7 +67,7 @@ impl MatrixSpan {
 /// A product's threads and memory, and the matrix that it is with.
 pub(super) struct Linear<'a> {
     pub(super) cpu: &'a Cpu,
-    pub(super) products: &'a mut Products,
+    pub(super) products: &'a mut TrainGemm,
     pub(super) span: MatrixSpan,
 }
 
@@ -80,7 +80,7 @@ impl Linear<'_> {
     }
 
     /// `dx (=|+=) dy w`.
-    pub(super) fn backward_input(self, params: &[f32], dx: &mut [f32], dy: &[f32], store: Store) {
+    pub(super) fn backward_input(self, params: &[f32], dx: &mut [f32], dy: &[f32], store: Accumulate) {
         let MatrixSpan { start, rows, cols } = self.span;
         let weights = ExpertWeights { offsets: &[0, dx.len() / cols], starts: &[start], rows, cols };
         self.products.backward_input(self.cpu, dx, ProductRows::new(dy, rows), (params, weights), store);
@@ -99,5 +99,5 @@ impl Linear<'_> {
 pub(super) struct Gradients<'a> {
     pub(super) numbers: &'a mut [f32],
     /// What a pass does with those that other batches of the same step left.
-    pub(super) store: Store,
+    pub(super) store: Accumulate,
 }

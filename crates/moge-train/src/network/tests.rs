@@ -1,7 +1,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use moge_kernels::{Cpu, IGNORED_TARGET, Isa, Precision, Store};
+use moge_kernels::{Accumulate, Cpu, IGNORED_TARGET, Isa, Precision};
 use moge_model::{
     BLOCK_SIZE, Batch as EngineBatch, BlockId, ExpertId, KvCache, LayerConfig, LoadMode, MlpConfig, Model, ModelConfig,
     NormPlacement, QuantScheme, Router, SequenceRows, StepLimits, StepOutput, TokenId, Workspace as EngineWorkspace,
@@ -80,7 +80,8 @@ impl Golden {
         let mut grads = vec![f32::NAN; self.layout.len];
         let scales = self.scales(&rows);
         let batch = Batch { rows: &rows, forced_experts: forced, row_weights: None };
-        let losses = network.forward_backward(cpu, (&self.params, (&mut grads, Store::Set)), batch, scales, &mut work);
+        let losses =
+            network.forward_backward(cpu, (&self.params, (&mut grads, Accumulate::Set)), batch, scales, &mut work);
         (losses, grads)
     }
 }
@@ -157,7 +158,7 @@ fn gradients_of_two_passes_add_up() {
         let network = TrainNetwork::new(&golden.config);
         let mut work = Workspace::new(&cpu, &golden.config, Precision::F32, rows.num_rows(), false);
         let mut grads = vec![f32::NAN; golden.layout.len];
-        for store in [Store::Set, Store::Add] {
+        for store in [Accumulate::Set, Accumulate::Add] {
             let batch = Batch { rows: &rows, forced_experts: None, row_weights: None };
             let scales = golden.scales(&rows);
             network.forward_backward(&cpu, (&golden.params, (&mut grads, store)), batch, scales, &mut work);
@@ -328,7 +329,7 @@ fn row_weights_count_in_loss_and_gradients_and_equal_ones_change_nothing() {
         let mut grads = vec![f32::NAN; golden.layout.len];
         let batch = Batch { rows, forced_experts: None, row_weights };
         let losses =
-            network.forward_backward(&cpu, (&golden.params, (&mut grads, Store::Set)), batch, scales, &mut work);
+            network.forward_backward(&cpu, (&golden.params, (&mut grads, Accumulate::Set)), batch, scales, &mut work);
         (losses.cross_entropy, grads)
     };
     let plain = pass(&rows, None);

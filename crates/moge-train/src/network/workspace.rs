@@ -1,6 +1,6 @@
 //! What a pass keeps for backward, and its scratch memory.
 
-use moge_kernels::{Cpu, PieceAttentionScratch, Precision, Products, rms_norm_scratch_len};
+use moge_kernels::{Cpu, Precision, SegmentAttentionScratch, TrainGemm, rms_norm_scratch_len};
 use moge_model::{Dispatch, ExpertId, LayerConfig, ModelConfig, NormPlacement, Route, TensorSpec, expected_tensors};
 
 /// Most rows of a pass: with them what the largest network keeps can still be counted in 64 bits.
@@ -14,7 +14,7 @@ const MIN_LOGIT_ROWS: usize = 128;
 /// What a layer's backward needs of its forward, besides its input. Widths are those of the config; what a network does
 /// not have is empty.
 #[derive(Debug, Default)]
-pub(super) struct Kept {
+pub(super) struct Activations {
     /// What the projections read, `[num_rows, hidden_size]`.
     pub(super) normed: Vec<f32>,
     /// Queries, keys and values as attention reads them.
@@ -84,16 +84,16 @@ pub(super) struct Scratch {
 /// Memory of forward and backward, for one network and at most as many rows as it was made for.
 #[derive(Debug)]
 pub struct Workspace {
-    pub(super) products: Products,
+    pub(super) products: TrainGemm,
     /// For the router, which is f32 always.
-    pub(super) exact: Products,
-    pub(super) attention: PieceAttentionScratch,
+    pub(super) gemm_f32: TrainGemm,
+    pub(super) attention: SegmentAttentionScratch,
     pub(super) cos: Vec<f32>,
     pub(super) sin: Vec<f32>,
     /// Residual stream before each layer and after the last, `[num_layers + 1]` times `[num_rows, hidden_size]`.
     pub(super) stream: Vec<Vec<f32>>,
     /// Of each layer, or of the one at hand where backward computes them again.
-    pub(super) kept: Vec<Kept>,
+    pub(super) kept: Vec<Activations>,
     pub(super) scratch: Scratch,
 }
 
@@ -103,13 +103,13 @@ impl Workspace {
         let num_kept = if recompute { 1 } else { config.num_layers() };
         let q_per_kv = config.num_q_heads / config.num_kv_heads;
         let mut work = Workspace {
-            products: Products::new(cpu, activation),
-            exact: Products::new(cpu, Precision::F32),
-            attention: PieceAttentionScratch::new(cpu.num_threads(), max_rows, q_per_kv, config.head_dim),
+            products: TrainGemm::new(cpu, activation),
+            gemm_f32: TrainGemm::new(cpu, Precision::F32),
+            attention: SegmentAttentionScratch::new(cpu.num_threads(), max_rows, q_per_kv, config.head_dim),
             cos: Vec::new(),
             sin: Vec::new(),
             stream: vec![Vec::new(); config.num_layers() + 1],
-            kept: (0..num_kept).map(|_| Kept::default()).collect(),
+            kept: (0..num_kept).map(|_| Activations::default()).collect(),
             scratch: Scratch::default(),
         };
         work.resize(config, max_rows);
@@ -152,7 +152,7 @@ impl TrainMemory {
         assert!(max_rows <= MAX_ROWS, "{max_rows} rows are more than {MAX_ROWS}");
         let params: u64 = expected_tensors(config).iter().map(TensorSpec::num_elements).fold(0, u64::saturating_add);
         let (mut kept, mut scratch) = (0u64, 0u64);
-        Kept::default().for_each_len(config, max_rows, &mut |_, len| kept += len as u64);
+        Activations::default().for_each_len(config, max_rows, &mut |_, len| kept += len as u64);
         Scratch::default().for_each_len(config, max_rows, &mut |_, len| scratch += len as u64);
         let num_kept = if recompute { 1 } else { config.num_layers() as u64 };
         let stream = (config.num_layers() as u64 + 1) * (max_rows * config.hidden_size) as u64;
@@ -179,7 +179,7 @@ pub(super) fn dense_width(config: &ModelConfig) -> usize {
     config.layers.iter().map(LayerConfig::dense_width).max().unwrap_or(0)
 }
 
-impl Kept {
+impl Activations {
     /// Call `body` with each list of numbers and the length that it has for `num_rows`.
     fn for_each_len(&mut self, config: &ModelConfig, num_rows: usize, body: &mut dyn FnMut(&mut Vec<f32>, usize)) {
         let [hidden, q, kv] = [config.hidden_size, config.q_size(), config.kv_size()].map(|width| num_rows * width);
@@ -219,7 +219,7 @@ impl Routed {
 }
 
 impl Scratch {
-    /// As [`Kept::for_each_len`].
+    /// As [`Activations::for_each_len`].
     fn for_each_len(&mut self, config: &ModelConfig, num_rows: usize, body: &mut dyn FnMut(&mut Vec<f32>, usize)) {
         let [hidden, q, kv] = [config.hidden_size, config.q_size(), config.kv_size()].map(|width| num_rows * width);
         self.hidden.iter_mut().for_each(|numbers| body(numbers, hidden));

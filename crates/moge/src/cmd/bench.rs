@@ -1,10 +1,10 @@
 //! `moge bench`: how fast a model runs here, beside what the machine can do at best.
 
 mod case;
-mod ceilings;
 mod measure;
 mod random;
 mod report;
+mod roofline;
 mod serve;
 mod train;
 

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use indicatif::DecimalBytes;
 use moge_model::{Checkpoint, Prefix, TokenId};
-use moge_quant::{Evaluation, Side};
+use moge_quant::{EvalModel, Evaluation};
 
 use crate::args::{ModelArgs, parse_token_id};
 use crate::input::read_text_file;
@@ -70,12 +70,12 @@ pub(crate) fn run(args: &PerplexityArgs) -> Result<()> {
     check_memory(args, &model, baseline.as_ref(), longest)?;
 
     let (weights, cpu) = model.load_model(&args.model)?;
-    let mut side = Side::new(weights, &cpu, model.activation(&args.model), model.kv_type(&args.model), longest);
+    let mut side = EvalModel::new(weights, &cpu, model.activation(&args.model), model.kv_type(&args.model), longest);
     let mut baseline_side = match &baseline {
         None => None,
         Some(baseline) => {
             let (weights, _) = baseline.load_model(&baseline_args)?;
-            Some(Side::new(
+            Some(EvalModel::new(
                 weights,
                 &cpu,
                 baseline.activation(&baseline_args),
@@ -148,7 +148,7 @@ fn check_memory(
     context: usize,
 ) -> Result<()> {
     let bytes = |side: &ModelFiles, args: &ModelArgs| {
-        Side::bytes(&side.config, side.kv_type(args), context, args.num_threads())
+        EvalModel::bytes(&side.config, side.kv_type(args), context, args.num_threads())
     };
     let (kv_bytes, workspace_bytes) = bytes(model, &args.model);
     let Some(baseline) = baseline else {

@@ -10,7 +10,7 @@ use clap::builder::RangedU64ValueParser;
 use clap::{Args, ValueEnum};
 use indicatif::DecimalBytes;
 use moge_model::{Cpu, Isa, LayerFormats, MAX_THREADS, PackedFormat, QuantScheme, WriteError, available_threads};
-use moge_quant::{Damage, Job, QuantizeError};
+use moge_quant::{Job, QuantizeError, RoundingErrors};
 
 use crate::args::FormatArg;
 use crate::cmd::synth::check_free_space;
@@ -167,7 +167,7 @@ impl QuantizeArgs {
 struct Summary<'a> {
     args: &'a QuantizeArgs,
     output_bytes: u64,
-    damage: &'a Damage,
+    damage: &'a RoundingErrors,
 }
 
 impl fmt::Display for Summary<'_> {

@@ -4,10 +4,10 @@ use std::ops::Range;
 
 use super::tile::{Causal, Form, PackRows, Product, Tile, Transpose, UnpackRow};
 use super::{
-    BACKWARD_KEYS, BLOCK_KEYS, PieceAttention, PieceAttentionScratch, Work, Worker, score_scale, tile_positions,
+    BACKWARD_KEYS, BLOCK_KEYS, SegmentAttention, SegmentAttentionScratch, Work, Worker, score_scale, tile_positions,
 };
 use crate::cpu::{Cpu, SharedMut};
-use crate::elements::Store;
+use crate::elements::Accumulate;
 use crate::exp::exp2_up_to_0;
 use crate::isa::Isa;
 use crate::simd::{Simd, SimdOp};
@@ -37,11 +37,11 @@ pub struct AttentionKept<'a> {
 /// If a length does not fit, the offsets fall, or the batch exceeds what `scratch` is for.
 pub fn attention_backward(
     cpu: &Cpu,
-    shape: PieceAttention<'_>,
+    shape: SegmentAttention<'_>,
     d_qkv: [&mut [f32]; 3],
     d_out: &[f32],
     kept: AttentionKept<'_>,
-    scratch: &mut PieceAttentionScratch,
+    scratch: &mut SegmentAttentionScratch,
 ) {
     let [dq, dk, dv] = d_qkv;
     shape.check(kept.qkv, &[kept.out, d_out, dq], kept.log_sums);
@@ -67,7 +67,7 @@ pub fn attention_backward(
 /// A piece and KV head.
 struct Item<'a> {
     isa: Isa,
-    shape: PieceAttention<'a>,
+    shape: SegmentAttention<'a>,
     kept: AttentionKept<'a>,
     d_out: &'a [f32],
     piece: &'a Work,
@@ -96,7 +96,7 @@ impl Item<'_> {
                     // SAFETY: Each piece and KV head is in one item of work only.
                     let out = unsafe { gradient.slice(kv_head.numbers_of(row)) };
                     let x = tile.all().from(key);
-                    self.isa.run(UnpackRow { out, x, head: kv_head, scale: 1.0, store: Store::Set });
+                    self.isa.run(UnpackRow { out, x, head: kv_head, scale: 1.0, store: Accumulate::Set });
                 }
             }
         }
@@ -115,7 +115,7 @@ impl Item<'_> {
             let place = first_key - keys.start;
             self.probabilities(worker, causal, place);
             let Worker { q, d_out, scores, d_scores, k, dk, dv, sums, .. } = worker;
-            let (form, store) = (Form::SumOverQueries, Store::Add);
+            let (form, store) = (Form::SumOverQueries, Accumulate::Add);
             for (a, b, out) in [(&*scores, &*d_out, dv), (&*d_scores, &*q, dk)] {
                 let (a, b, out) = (a.all(), b.all(), out.all_mut().from(place));
                 self.isa.run(Product { form, a, b, out, store, causal, head_dim });
@@ -158,7 +158,7 @@ impl Item<'_> {
     fn probabilities(&self, worker: &mut Worker, causal: Causal, place: usize) {
         let (head_dim, isa) = (self.shape.head_dim, self.isa);
         let Worker { q_columns, d_out_columns, k, v, scores, d_scores, stats, .. } = worker;
-        let (form, store) = (Form::Scores, Store::Set);
+        let (form, store) = (Form::Scores, Accumulate::Set);
         for (a, b, out) in [(k, q_columns, &mut *scores), (v, d_out_columns, &mut *d_scores)] {
             let (a, b, out) = (a.all().from(place), b.all(), out.all_mut());
             isa.run(Product { form, a, b, out, store, causal, head_dim });
@@ -167,8 +167,8 @@ impl Item<'_> {
     }
 }
 
-fn first_or_add(is_first: bool) -> Store {
-    if is_first { Store::Set } else { Store::Add }
+fn first_or_add(is_first: bool) -> Accumulate {
+    if is_first { Accumulate::Set } else { Accumulate::Add }
 }
 
 /// Rows of [`Worker::stats`]: log sums in units of ln 2, and the products of each query's output and its gradient.

@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use super::tile::{Causal, Form, PackRows, Product, Tile, Transpose, UnpackRow};
-use super::{BLOCK_KEYS, PieceAttention, PieceAttentionScratch, Work, Worker, score_scale, tile_positions};
+use super::{BLOCK_KEYS, SegmentAttention, SegmentAttentionScratch, Work, Worker, score_scale, tile_positions};
 use crate::cpu::{Cpu, SharedMut};
-use crate::elements::Store;
+use crate::elements::Accumulate;
 use crate::exp::exp2_up_to_0;
 use crate::isa::Isa;
 use crate::simd::{Simd, SimdOp};
@@ -22,11 +22,11 @@ use crate::simd::{Simd, SimdOp};
 /// If a length does not fit, the offsets fall, or the batch exceeds what `scratch` is for.
 pub fn attention_forward(
     cpu: &Cpu,
-    shape: PieceAttention<'_>,
+    shape: SegmentAttention<'_>,
     out: &mut [f32],
     log_sums: &mut [f32],
     qkv: [&[f32]; 3],
-    scratch: &mut PieceAttentionScratch,
+    scratch: &mut SegmentAttentionScratch,
 ) {
     shape.check(qkv, &[out], log_sums);
     scratch.list_work(cpu, &shape, BLOCK_KEYS);
@@ -48,7 +48,7 @@ const SCALE: usize = 2;
 /// Rows of a piece, for one KV head.
 struct Item<'a> {
     isa: Isa,
-    shape: PieceAttention<'a>,
+    shape: SegmentAttention<'a>,
     qkv: [&'a [f32]; 3],
     work: &'a Work,
     kv_head: usize,
@@ -75,7 +75,7 @@ impl Item<'_> {
                 let (out, log_sums) =
                     unsafe { (out.slice(head.numbers_of(row)), log_sums.slice(head_numbers.numbers_of(row))) };
                 let x = sums.all().from(index * q_per_kv);
-                self.isa.run(UnpackRow { out, x, head, scale: 1.0, store: Store::Set });
+                self.isa.run(UnpackRow { out, x, head, scale: 1.0, store: Accumulate::Set });
                 for (query, log_sum) in (index * q_per_kv..).zip(log_sums) {
                     let [max, sum] = [MAX, SUM].map(|row| stats.all().row(row)[query]);
                     *log_sum = max * std::f32::consts::LN_2 + sum.ln();
@@ -109,10 +109,10 @@ impl Item<'_> {
             let num_keys = BLOCK_KEYS.min(position + rows.len() - first_key);
             let causal = Causal { q_per_kv, num_queries, num_keys, position, first_key };
             let (a, b, out) = (k.all(), q_columns.all(), scores.all_mut());
-            isa.run(Product { form: Form::Scores, a, b, out, store: Store::Set, causal, head_dim });
+            isa.run(Product { form: Form::Scores, a, b, out, store: Accumulate::Set, causal, head_dim });
             isa.run(OnlineSoftmax { scores, stats, causal });
-            let store = if first_key == 0 { Store::Set } else { Store::Add };
-            if store == Store::Add {
+            let store = if first_key == 0 { Accumulate::Set } else { Accumulate::Add };
+            if store == Accumulate::Add {
                 let scales = &stats.all().row(SCALE)[..num_queries];
                 isa.run(ScaleRows { tile: sums, scales, head_dim });
             }

@@ -27,7 +27,7 @@ use crate::cpu::Cpu;
 
 /// Heads of an attention layer, and where the pieces of a batch begin: each row sees the rows of its piece up to itself.
 #[derive(Clone, Copy, Debug)]
-pub struct PieceAttention<'a> {
+pub struct SegmentAttention<'a> {
     /// Query heads.
     pub num_q_heads: usize,
     /// Key/value heads; divides `num_q_heads`.
@@ -39,7 +39,7 @@ pub struct PieceAttention<'a> {
     pub offsets: &'a [usize],
 }
 
-impl PieceAttention<'_> {
+impl SegmentAttention<'_> {
     fn q_per_kv(&self) -> usize {
         self.num_q_heads / self.num_kv_heads
     }
@@ -110,7 +110,7 @@ impl Head {
 
 /// Scratch memory of [`attention_forward`] and [`attention_backward`], allocated once.
 #[derive(Debug)]
-pub struct PieceAttentionScratch {
+pub struct SegmentAttentionScratch {
     q_per_kv: usize,
     head_dim: usize,
     max_rows: usize,
@@ -118,20 +118,20 @@ pub struct PieceAttentionScratch {
     work: Vec<Work>,
 }
 
-impl PieceAttentionScratch {
+impl SegmentAttentionScratch {
     /// Scratch for batches of at most `max_rows` rows on `num_threads` threads: for heads of 128 numbers some 1 MiB for each
     /// thread, and 24 bytes for each row.
     ///
     /// # Panics
     /// If `q_per_kv` or `head_dim` is 0.
-    pub fn new(num_threads: usize, max_rows: usize, q_per_kv: usize, head_dim: usize) -> PieceAttentionScratch {
+    pub fn new(num_threads: usize, max_rows: usize, q_per_kv: usize, head_dim: usize) -> SegmentAttentionScratch {
         assert!(q_per_kv > 0 && head_dim > 0, "{q_per_kv} query heads for each KV head, of {head_dim} numbers");
         let workers = (0..num_threads).map(|_| Worker::new(q_per_kv, head_dim)).collect();
-        PieceAttentionScratch { q_per_kv, head_dim, max_rows, workers, work: Vec::with_capacity(max_rows) }
+        SegmentAttentionScratch { q_per_kv, head_dim, max_rows, workers, work: Vec::with_capacity(max_rows) }
     }
 
     /// List the pieces, cut to at most `max_rows` rows, those with the most work first: the order changes no result.
-    fn list_work(&mut self, cpu: &Cpu, shape: &PieceAttention<'_>, max_rows: usize) {
+    fn list_work(&mut self, cpu: &Cpu, shape: &SegmentAttention<'_>, max_rows: usize) {
         assert_eq!((self.q_per_kv, self.head_dim), (shape.q_per_kv(), shape.head_dim), "heads of scratch");
         assert!(shape.num_rows() <= self.max_rows, "{} rows in scratch for {}", shape.num_rows(), self.max_rows);
         assert!(cpu.num_threads() <= self.workers.len(), "threads in scratch for {}", self.workers.len());

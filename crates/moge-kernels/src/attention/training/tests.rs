@@ -1,4 +1,4 @@
-use super::{AttentionKept, PieceAttention, PieceAttentionScratch, attention_backward, attention_forward};
+use super::{AttentionKept, SegmentAttention, SegmentAttentionScratch, attention_backward, attention_forward};
 use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu};
 use crate::{Cpu, Isa};
 
@@ -40,15 +40,15 @@ impl Layer {
         Layer { heads, offsets: offsets.to_vec(), q, k, v, d_out: numbers.vec(num_rows * num_q * head_dim) }
     }
 
-    fn shape(&self) -> PieceAttention<'_> {
+    fn shape(&self) -> SegmentAttention<'_> {
         let [num_q_heads, num_kv_heads, head_dim] = self.heads;
-        PieceAttention { num_q_heads, num_kv_heads, head_dim, offsets: &self.offsets }
+        SegmentAttention { num_q_heads, num_kv_heads, head_dim, offsets: &self.offsets }
     }
 
     fn run(&self, cpu: &Cpu) -> Results {
         let [num_q, num_kv, head_dim] = self.heads;
         let num_rows = self.offsets[self.offsets.len() - 1];
-        let mut scratch = PieceAttentionScratch::new(cpu.num_threads(), num_rows, num_q / num_kv, head_dim);
+        let mut scratch = SegmentAttentionScratch::new(cpu.num_threads(), num_rows, num_q / num_kv, head_dim);
         let qkv: [&[f32]; 3] = [&self.q, &self.k, &self.v];
         let unset = |like: &[f32]| vec![f32::NAN; like.len()];
         let (mut out, mut log_sums) = (unset(&self.q), vec![f32::NAN; num_rows * num_q]);

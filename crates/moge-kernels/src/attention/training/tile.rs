@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::Head;
-use crate::elements::Store;
+use crate::elements::Accumulate;
 use crate::simd::{Aligned, Simd, SimdOp};
 
 /// Numbers of a cache line.
@@ -136,7 +136,7 @@ pub(super) struct Product<'a> {
     pub(super) a: Rows<'a>,
     pub(super) b: Rows<'a>,
     pub(super) out: RowsMut<'a>,
-    pub(super) store: Store,
+    pub(super) store: Accumulate,
     pub(super) causal: Causal,
     pub(super) head_dim: usize,
 }
@@ -244,8 +244,8 @@ impl Product<'_> {
                 for r in 0..R {
                     let out = out.add(m * out_stride + r * S::LANES);
                     let sum = match self.store {
-                        Store::Set => sums[m][r],
-                        Store::Add => simd.add(simd.load_f32(out), sums[m][r]),
+                        Accumulate::Set => sums[m][r],
+                        Accumulate::Add => simd.add(simd.load_f32(out), sums[m][r]),
                     };
                     simd.store_f32(out, sum);
                 }
@@ -361,7 +361,7 @@ pub(super) struct UnpackRow<'a> {
     pub(super) x: Rows<'a>,
     pub(super) head: Head,
     pub(super) scale: f32,
-    pub(super) store: Store,
+    pub(super) store: Accumulate,
 }
 
 impl SimdOp for UnpackRow<'_> {
@@ -375,8 +375,8 @@ impl SimdOp for UnpackRow<'_> {
             let x = &self.x.row(index)[..out.len()];
             for (out, x) in out.iter_mut().zip(x) {
                 *out = match self.store {
-                    Store::Set => x * self.scale,
-                    Store::Add => *out + x * self.scale,
+                    Accumulate::Set => x * self.scale,
+                    Accumulate::Add => *out + x * self.scale,
                 };
             }
         }

@@ -1,8 +1,8 @@
 use std::ops::Range;
 
-use super::{ExpertWeights, Grid, ProductRows, Products};
+use super::{ExpertWeights, Grid, ProductRows, TrainGemm};
 use crate::testing::{Numbers, assert_close, assert_same_bits, every_cpu};
-use crate::{Cpu, Isa, Precision, Store, round_to_bf16};
+use crate::{Accumulate, Cpu, Isa, Precision, round_to_bf16};
 
 /// Error of a sum relative to the sum of magnitudes, as for the other products.
 const SUM_TOLERANCE: f64 = 1e-6;
@@ -78,19 +78,19 @@ impl Case {
 
     fn forward(&self, cpu: &Cpu, activation: Precision, bias: Option<&[f32]>) -> Vec<f32> {
         let mut out = vec![f32::NAN; self.num_dispatched() * self.rows];
-        Products::new(cpu, activation).forward(cpu, &mut out, self.x(), (&self.w, self.weights()), bias);
+        TrainGemm::new(cpu, activation).forward(cpu, &mut out, self.x(), (&self.w, self.weights()), bias);
         out
     }
 
-    fn backward_input(&self, cpu: &Cpu, activation: Precision, store: Store) -> Vec<f32> {
+    fn backward_input(&self, cpu: &Cpu, activation: Precision, store: Accumulate) -> Vec<f32> {
         let mut dx = self.before(self.cols);
-        Products::new(cpu, activation).backward_input(cpu, &mut dx, self.dy(), (&self.w, self.weights()), store);
+        TrainGemm::new(cpu, activation).backward_input(cpu, &mut dx, self.dy(), (&self.w, self.weights()), store);
         dx
     }
 
-    fn backward_weight(&self, cpu: &Cpu, activation: Precision, store: Store) -> Vec<f32> {
+    fn backward_weight(&self, cpu: &Cpu, activation: Precision, store: Accumulate) -> Vec<f32> {
         let mut dw = self.w.clone();
-        Products::new(cpu, activation).backward_weight(cpu, (&mut dw, self.weights()), self.dy(), self.x(), store);
+        TrainGemm::new(cpu, activation).backward_weight(cpu, (&mut dw, self.weights()), self.dy(), self.x(), store);
         dw
     }
 
@@ -98,7 +98,7 @@ impl Case {
     fn outputs(&self, cpu: &Cpu, activation: Precision) -> Vec<f32> {
         let mut outputs = self.forward(cpu, activation, None);
         outputs.extend(self.forward(cpu, activation, Some(&self.bias)));
-        for store in [Store::Set, Store::Add] {
+        for store in [Accumulate::Set, Accumulate::Add] {
             outputs.extend(self.backward_input(cpu, activation, store));
             outputs.extend(self.backward_weight(cpu, activation, store));
         }
@@ -111,8 +111,8 @@ impl Case {
         let (x, dy) = (Plain::new(self.x(), activation), Plain::new(self.dy(), activation));
         let w = Plain::new(ProductRows::new(&self.w, 1), activation);
         let out = [self.forward(cpu, activation, None), self.forward(cpu, activation, Some(&self.bias))];
-        let dx = [Store::Set, Store::Add].map(|store| self.backward_input(cpu, activation, store));
-        let dw = [Store::Set, Store::Add].map(|store| self.backward_weight(cpu, activation, store));
+        let dx = [Accumulate::Set, Accumulate::Add].map(|store| self.backward_input(cpu, activation, store));
+        let dw = [Accumulate::Set, Accumulate::Add].map(|store| self.backward_weight(cpu, activation, store));
         let before = self.before(self.cols);
         let mut untouched = 0;
         for (expert, &start) in self.starts.iter().enumerate() {
@@ -223,9 +223,9 @@ fn no_rows_and_no_columns_give_zeros_the_bias_or_nothing() {
             // Rows of no width cannot be counted, so that only what the outputs hold is looked at.
             let out = case.forward(&cpu, Precision::F32, Some(&case.bias));
             assert_same_bits(&out, &case.bias.repeat(case.num_dispatched()));
-            let dx = case.backward_input(&cpu, Precision::F32, Store::Set);
+            let dx = case.backward_input(&cpu, Precision::F32, Accumulate::Set);
             assert_eq!(dx, vec![0.0; dx.len()]);
-            let dw = case.backward_weight(&cpu, Precision::F32, Store::Set);
+            let dw = case.backward_weight(&cpu, Precision::F32, Accumulate::Set);
             for &start in &case.starts {
                 assert!(dw[start..start + case.rows * case.cols].iter().all(|&x| x == 0.0));
             }

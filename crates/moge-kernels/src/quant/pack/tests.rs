@@ -201,7 +201,7 @@ fn given_levels_are_kept_with_their_scales() {
     let levels: Vec<i8> = (0..num_rows * cols).map(|i| (i * 89 % 256) as u8 as i8).collect();
     let scales: Vec<f32> = (0..num_rows).map(|row| 0.01 * (row + 1) as f32).collect();
     let mut bytes = vec![0xa5; PackedFormat::W8A8.panel_bytes(cols)];
-    pack_levels(&levels, &scales, cols, &mut bytes);
+    pack_int8(&levels, &scales, cols, &mut bytes);
     let unpacked = unpack(&bytes, PackedFormat::W8A8, num_rows, cols);
     for (i, w) in unpacked.iter().enumerate() {
         assert_eq!(*w, scales[i / cols] * f32::from(levels[i]));

@@ -6,8 +6,8 @@ use moge_model::cost::{NetworkCost, kv_token_bytes};
 use moge_model::{Batch, Cpu, KvCache, Model, StepOutput, Workspace};
 
 use super::case::{Case, Precisions, RandomTokens};
-use super::ceilings::{Ceiling, Ceilings};
 use super::report::{CaseReport, Repetition};
+use super::roofline::{Ceiling, Ceilings};
 use crate::progress;
 
 /// A loaded model and what its cases are measured with.

@@ -7,7 +7,7 @@ use moge_model::{Operator, Profile};
 use serde::Serialize;
 
 use super::case::Case;
-use super::ceilings::{Ceiling, CeilingReport};
+use super::roofline::{Ceiling, CeilingReport};
 use crate::output::plain;
 
 /// Everything: the JSON object. Shown, it is what stands above the rows of the cases.

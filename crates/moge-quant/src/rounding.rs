@@ -37,7 +37,7 @@ impl Rounding {
 
 /// What rounding did to one tensor.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct TensorDamage {
+pub struct TensorError {
     /// The tensor's name.
     pub name: String,
     /// What it is for, as `quantization_config` has it.
@@ -54,7 +54,7 @@ pub struct TensorDamage {
 
 /// What rounding did to all tensors of one role.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct RoleDamage {
+pub struct RoleError {
     /// The role, as `quantization_config` has it.
     pub role: &'static str,
     /// The format of its tensors.
@@ -73,40 +73,33 @@ pub struct RoleDamage {
 
 /// What rounding did to a checkpoint.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
-pub struct Damage {
+pub struct RoundingErrors {
     /// By role.
-    pub roles: Vec<RoleDamage>,
+    pub roles: Vec<RoleError>,
     /// By tensor, in the order of the files. Those that are not packed are left out.
-    pub tensors: Vec<TensorDamage>,
+    pub tensors: Vec<TensorError>,
 }
 
-impl TensorDamage {
-    pub(crate) fn new(name: String, packed: PackedSpec, rounding: Rounding) -> TensorDamage {
+impl TensorError {
+    pub(crate) fn new(name: String, packed: PackedSpec, rounding: Rounding) -> TensorError {
         let (role, format) = (role_name(packed.role), format_name(Some(packed.format)));
-        TensorDamage {
-            name,
-            role,
-            format,
-            relative_error: rounding.relative(),
-            max_error: rounding.max_error,
-            rounding,
-        }
+        TensorError { name, role, format, relative_error: rounding.relative(), max_error: rounding.max_error, rounding }
     }
 }
 
-impl Damage {
-    pub(crate) fn of(tensors: Vec<TensorDamage>) -> Damage {
+impl RoundingErrors {
+    pub(crate) fn of(tensors: Vec<TensorError>) -> RoundingErrors {
         let mut names: Vec<&'static str> = tensors.iter().map(|tensor| tensor.role).collect();
         names.sort_unstable();
         names.dedup();
-        let of_role = |role| RoleDamage::of(&tensors.iter().filter(|t| t.role == role).collect::<Vec<_>>());
-        Damage { roles: names.into_iter().filter_map(of_role).collect(), tensors }
+        let of_role = |role| RoleError::of(&tensors.iter().filter(|t| t.role == role).collect::<Vec<_>>());
+        RoundingErrors { roles: names.into_iter().filter_map(of_role).collect(), tensors }
     }
 }
 
-impl RoleDamage {
+impl RoleError {
     /// Of tensors of one role; `None` if there are none.
-    fn of(tensors: &[&TensorDamage]) -> Option<RoleDamage> {
+    fn of(tensors: &[&TensorError]) -> Option<RoleError> {
         let worst = tensors.iter().max_by(|a, b| a.relative_error.total_cmp(&b.relative_error))?;
         let sum = tensors.iter().fold(Rounding::default(), |sum, tensor| Rounding {
             squared_sum: sum.squared_sum + tensor.rounding.squared_sum,
@@ -114,7 +107,7 @@ impl RoleDamage {
             max_error: sum.max_error.max(tensor.max_error),
         });
         let sum = sum.clamped();
-        Some(RoleDamage {
+        Some(RoleError {
             role: worst.role,
             format: worst.format,
             num_tensors: tensors.len(),
