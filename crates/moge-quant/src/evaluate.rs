@@ -2,8 +2,7 @@
 
 use moge_kernels::{Cpu, KvType, Precision};
 use moge_model::{
-    BLOCK_SIZE, Batch, BlockId, KvCache, Model, ModelConfig, Route, SequenceRows, StepLimits, StepOutput, TokenId,
-    Workspace,
+    BLOCK_SIZE, Batch, BlockId, KvCache, Model, ModelConfig, SequenceRows, StepLimits, StepOutput, TokenId, Workspace,
 };
 use serde::Serialize;
 
@@ -54,9 +53,7 @@ impl EvalModel {
     pub fn new(model: Model, cpu: &Cpu, activation: Precision, kv: KvType, context: usize) -> EvalModel {
         let kv_cache = KvCache::new(model.config(), kv, context.div_ceil(BLOCK_SIZE));
         let work = Workspace::new(model.config(), activation, limits(context, cpu.num_threads()));
-        let mut output = StepOutput::default();
-        output.record_trace();
-        EvalModel { model, kv_cache, work, output }
+        EvalModel { model, kv_cache, work, output: StepOutput::default() }
     }
 
     /// Bytes that [`EvalModel::new`] needs beside the weights: of the KV cache, and of a step.
@@ -73,11 +70,6 @@ impl EvalModel {
     fn logits(&self, row: usize) -> &[f32] {
         let vocab_size = self.model.config().vocab_size;
         &self.output.logits[row * vocab_size..(row + 1) * vocab_size]
-    }
-
-    /// Choices of the last step, layer by layer.
-    fn routes(&self) -> &[Vec<Route>] {
-        self.output.trace.as_ref().map_or(&[], |trace| &trace.routes)
     }
 
     /// Experts of a layer, and of them those that a token takes.
@@ -109,7 +101,10 @@ impl Evaluation {
         let mut num_read = 0;
         for window in windows {
             for start in (0..window.len()).step_by(MAX_ROWS) {
-                let (batch, targets) = step_of(window, start, num_given.max(1));
+                let (mut batch, targets) = step_of(window, start, num_given.max(1));
+                if baseline.is_some() {
+                    batch.route_rows = (0..batch.num_rows() as u32).collect();
+                }
                 side.step(cpu, &batch);
                 if let Some(baseline) = &mut baseline {
                     baseline.step(cpu, &batch);
@@ -191,12 +186,11 @@ impl Sums {
         else {
             return;
         };
-        for (routes, expected) in side.routes().iter().zip(baseline.routes()) {
-            for (routes, expected) in routes.chunks_exact(per_token).zip(expected.chunks_exact(per_token)) {
-                let is_missing = |wanted: &&Route| !routes.iter().any(|route| route.expert == wanted.expert);
-                self.num_changed += expected.iter().filter(is_missing).count();
-                self.num_choices += per_token;
-            }
+        let choices = [side, baseline].map(|side| side.output.expert_ids.chunks_exact(per_token));
+        let [found, expected] = choices;
+        for (found, expected) in found.zip(expected) {
+            self.num_changed += expected.iter().filter(|expert| !found.contains(expert)).count();
+            self.num_choices += per_token;
         }
     }
 

@@ -19,7 +19,8 @@ use crate::{output, progress};
 ///
 /// The text is cut into windows of --context tokens, which the model reads from their start; all tokens of a window but
 /// those that every prompt starts with, or its first, are predicted. With a baseline both models read the same windows,
-/// and are in memory at the same time.
+/// and are in memory at the same time. --dtype is that of both. --quantize and --kv are those of the model alone: the
+/// baseline has its weights as they lie, and a KV cache as precise as its activations.
 #[derive(Debug, Args)]
 pub(crate) struct PerplexityArgs {
     #[command(flatten)]
