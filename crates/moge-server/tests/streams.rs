@@ -213,7 +213,7 @@ fn chat_fields(server: &TestServer, architecture: Architecture, seed: usize) -> 
 #[test]
 fn a_streamed_chat_is_the_whole_one() {
     let (mut num_thoughts, mut num_calls) = (0, 0);
-    for architecture in [Architecture::PanguProMoe, Architecture::Qwen3, Architecture::Glm4] {
+    for architecture in [Architecture::PanguProMoe, Architecture::Qwen3Moe, Architecture::Glm4, Architecture::Llama] {
         let server = TestServer::start(architecture);
         for seed in 0..15 {
             let fields = json!({
@@ -305,7 +305,7 @@ fn fold_events(events: &[Value]) -> Value {
 #[test]
 fn a_streamed_response_is_the_whole_one() {
     let mut kinds = std::collections::BTreeMap::new();
-    for architecture in [Architecture::PanguProMoe, Architecture::Qwen3, Architecture::Glm4] {
+    for architecture in [Architecture::PanguProMoe, Architecture::Qwen3Moe, Architecture::Glm4, Architecture::Llama] {
         let server = TestServer::start(architecture);
         for seed in 0..15 {
             let mut body = merged(sampling(seed), chat_fields(&server, architecture, seed));

@@ -5,8 +5,7 @@ use proptest::prelude::*;
 
 use super::{Delta, OutputParser};
 
-const ARCHITECTURES: [Architecture; 4] =
-    [Architecture::PanguProMoe, Architecture::PanguEmbedded, Architecture::Qwen3, Architecture::Glm4];
+const ARCHITECTURES: [Architecture; 6] = Architecture::ALL;
 
 /// The whole of an answer, its deltas put together.
 #[derive(Debug, Default, PartialEq, Eq)]
