@@ -1,4 +1,4 @@
-//! TrainGemm with packed weights beside what the machine can do, at the sizes of a routed expert.
+//! Products with packed weights beside what the machine can do, at the sizes of a routed expert.
 //!
 //! `cargo bench -p moge-kernels --bench quant [-- NUM_THREADS [ISA]]` prints, for each format and number of rows per
 //! expert, the median over some repetitions, each paired with a measurement of the ceiling just before it. Weights come

@@ -50,7 +50,7 @@ struct LayerParams {
     experts: Option<ExpertParams>,
 }
 
-/// ParamOffsets of a layer's router and routed experts.
+/// Places of a layer's router and routed experts.
 #[derive(Debug)]
 struct ExpertParams {
     moe: MoeConfig,

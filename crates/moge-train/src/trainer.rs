@@ -338,4 +338,33 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn a_step_spares_norms_and_biases_from_weight_decay_unless_asked() {
+        let golden = Golden::load("pangu-pro-moe-k2");
+        let cpu = Cpu::new(Isa::select().unwrap(), 2);
+        let batch = token_batch(&[5, 6, 7, 8], &[6, 7, 8, 9], &[0, 4]);
+        let loss = LossConfig { aux: 0.0, z: 0.0 };
+        let after_step = |weight_decay, decay_norms_and_biases| {
+            let config = OptimizerConfig {
+                beta1: 0.9,
+                beta2: 0.95,
+                eps: 1e-8,
+                weight_decay,
+                decay_norms_and_biases,
+                clip: f64::INFINITY,
+            };
+            let work = Workspace::new(&cpu, &golden.config, Precision::F32, 4, false);
+            let mut optimizer = Optimizer::new(TrainNetwork::new(&golden.config), work, loss, config);
+            let mut state = TrainState::new(golden.params.clone());
+            optimizer.step(&cpu, &mut state, std::slice::from_ref(&batch), 0.01);
+            state.params
+        };
+        let (none, matrices, all) = (after_step(0.0, true), after_step(0.5, false), after_step(0.5, true));
+        for (run, is_matrix) in golden.layout.decay_runs(false) {
+            let expected = if is_matrix { &all } else { &none };
+            assert!(matrices[run.clone()] == expected[run.clone()]);
+            assert!(none[run.clone()] != all[run], "the decay shows");
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! TrainGemm with one weight per expert, each over the rows that were dispatched to it.
+//! Products with one weight per expert, each over the rows that were dispatched to it.
 
 use std::ops::Range;
 

@@ -103,7 +103,7 @@ const PANELS_LINES: usize = (MAX_PIECE_LEN * PART_COLS + PACK_SLACK).div_ceil(LI
 const TILES_LINES: usize = (MAX_PIECE_LEN * BLOCK_ROWS + PACK_SLACK).div_ceil(LINE_LEN);
 
 impl TrainGemm {
-    /// TrainGemm on the threads of `cpu`. With bf16 both factors are rounded to it; sums stay f32.
+    /// Products on the threads of `cpu`. With bf16 both factors are rounded to it; sums stay f32.
     pub fn new(cpu: &Cpu, activation: Precision) -> TrainGemm {
         let scratch = vec![Aligned([0.0; LINE_LEN]); PANELS_LINES + TILES_LINES];
         TrainGemm { activation, scratch: vec![scratch; cpu.num_threads()] }

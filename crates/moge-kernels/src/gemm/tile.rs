@@ -29,7 +29,7 @@ const TILE_ROWS: usize = 3;
 /// Weight rows of a register tile.
 pub(crate) const TILE_COLS: usize = 4;
 
-/// TrainGemm of one block, `[BLOCK_ROWS, BLOCK_COLS]`; the used part is its upper left corner.
+/// Products of one block, `[BLOCK_ROWS, BLOCK_COLS]`; the used part is its upper left corner.
 pub(super) type Block = [[f32; BLOCK_COLS]; BLOCK_ROWS];
 
 /// Rows of an input matrix, directly or by index.

@@ -11,7 +11,7 @@
 //! - W8A8 block, 1024 bytes: for each half, for `j` in 0..8, for each of its rows, 4 bytes: columns `4 * j..`, plus 128. After
 //!   the last block of a panel, 32 scales, f32, one per row. Weight = scale * (byte - 128).
 //!
-//! **Arithmetic.** Inputs are quantised to -127..=127 with one f32 scale per row. PanelSums and sums inside a block (W4A8)
+//! **Arithmetic.** Inputs are quantised to -127..=127 with one f32 scale per row. Products and sums inside a block (W4A8)
 //! or over a whole row (W8A8) are exact integers; W4A8 adds a block's sum times its scale to an f32 sum, blocks in
 //! order; the input's scale comes last. So a row's result does not depend on the rows beside it.
 

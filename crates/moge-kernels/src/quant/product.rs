@@ -1,4 +1,4 @@
-//! PanelSums with packed weights, spread over threads.
+//! Products with packed weights, spread over threads.
 
 use std::ops::Range;
 

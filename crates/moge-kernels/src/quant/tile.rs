@@ -13,7 +13,7 @@ use crate::simd::{Aligned, BLOCK_LEN, BYTE_BYTES, BlockInputs, Dot, DotOp, PANEL
 /// How far ahead weights are fetched, in each of the panels that are read side by side.
 const PREFETCH_BYTES: usize = 2 * W4_BLOCK_BYTES;
 
-/// PanelSums of a tile with a panel: row of the tile, weight row. The front part that a tile has is used.
+/// Products of a tile with a panel: row of the tile, weight row. The front part that a tile has is used.
 pub(super) type PanelSums = Aligned<[[f32; PANEL_ROWS]; TILE_ROWS]>;
 
 /// Call `body` with this thread's place for products, which holds any numbers: clearing it would take a thousand cycles

@@ -195,6 +195,14 @@ fn a_checkpoint_of_another_network_is_refused_with_tensor_or_field() {
 }
 
 #[test]
+fn a_setting_that_an_older_checkpoint_lacks_is_said() {
+    let now = settings(&Folder::new().run("", ""));
+    let mut before = now.clone();
+    before.remove("optimizer.decay_norms_and_biases").unwrap();
+    assert_eq!(changes(&before, &now), ["optimizer.decay_norms_and_biases: false, was absent"]);
+}
+
+#[test]
 fn another_version_and_changed_settings_are_said() {
     let folder = Folder::new();
     let dir = open(&folder, "").save(&state(1), &layout(), &data(1)).unwrap();

@@ -1,4 +1,4 @@
-//! TrainGemm of small integers: a block of unsigned weights, of four or eight bits, with signed eight-bit inputs.
+//! Products of small integers: a block of unsigned weights, of four or eight bits, with signed eight-bit inputs.
 //!
 //! All sums are exact in i32, so every ISA gives the same ones. A block is [`BLOCK_LEN`] inputs of [`PANEL_ROWS`] weight
 //! rows, its bytes in an order in which one load gives every lane four inputs of its own weight row (see [`crate::quant`]).
