@@ -1,0 +1,9 @@
+//! The example programs run.
+
+#[path = "../examples/quantize.rs"]
+mod quantize;
+
+#[test]
+fn the_example_runs() {
+    quantize::main();
+}
