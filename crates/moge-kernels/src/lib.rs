@@ -1,8 +1,9 @@
 //! Arithmetic on slices: the only crate that computes, and the only one that knows CPU features.
 //!
-//! Invariants: no kernel allocates, does I/O or keeps global state; all scratch memory comes from the
-//! caller. Each output element is reduced in one fixed order that depends on the format and the
-//! [`Isa`], never on the number of rows, the number of threads or the place in a batch.
+//! Invariants: no kernel allocates, does I/O or keeps global state; all scratch memory comes from the caller, but for
+//! 32 KiB of sums per thread in products with packed weights (`quant/tile.rs`). Each output element is reduced in one
+//! fixed order that depends on the format and the [`Isa`], never on the number of rows, the number of threads or the
+//! place in a batch.
 //!
 //! A kernel is one generic body, compiled for every [`Isa`] (see `simd`), and a checked function that spreads it
 //! over the threads of a [`Cpu`]. Wrong lengths are bugs of the caller and panic; numbers never do, NaN included.

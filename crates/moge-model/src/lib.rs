@@ -12,7 +12,9 @@ pub use arch::spec::ToolFormat;
 pub use checkpoint::error::{CheckpointError, TensorProblem};
 pub use checkpoint::files::{open_file, read_file, small_files};
 pub use checkpoint::non_finite::{NonFinite, count_non_finite};
-pub use checkpoint::quant_scheme::{LayerFormats, QuantScheme, WeightRole, format_from_name, format_name};
+pub use checkpoint::quant_scheme::{
+    LayerFormats, QuantScheme, WeightRole, format_from_name, format_name, format_names,
+};
 pub use checkpoint::reader::{Checkpoint, LoadMode};
 pub use checkpoint::shards::PlannedTensor;
 pub use checkpoint::storage::StoredTensor;

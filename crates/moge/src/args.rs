@@ -1,6 +1,6 @@
 //! Options that several commands share: which model, how it runs, how to sample.
 
-use clap::builder::RangedU64ValueParser;
+use clap::builder::{PossibleValue, PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use moge_engine::SamplingParams;
 use moge_model::{GenerationDefaults, MAX_THREADS, PackedFormat, TokenId, available_threads};
@@ -22,8 +22,8 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) kv: KvArg,
     /// Quantise the weights in memory; `moge quantize` does it once and for all
-    #[arg(long, value_enum, value_name = "SCHEME", conflicts_with_all = ["load", "allow_paging"])]
-    pub(crate) quantize: Option<FormatArg>,
+    #[arg(long, value_parser = format_parser(), value_name = "SCHEME", conflicts_with_all = ["load", "allow_paging"])]
+    pub(crate) quantize: Option<PackedFormat>,
     /// Map the weights, or read them whole (faster on network disks)
     #[arg(long, value_enum, default_value = "mmap")]
     pub(crate) load: LoadArg,
@@ -56,23 +56,10 @@ pub(crate) enum DtypeArg {
     Bf16,
 }
 
-/// How weights are quantised.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum FormatArg {
-    /// Eight bits, a scale for each output.
-    W8a8,
-    /// Four bits, a scale for each output and 32 inputs; the output head in eight.
-    W4a8,
-}
-
-impl FormatArg {
-    /// The format.
-    pub(crate) fn format(self) -> PackedFormat {
-        match self {
-            FormatArg::W8a8 => PackedFormat::W8A8,
-            FormatArg::W4a8 => PackedFormat::W4A8,
-        }
-    }
+/// The names of the quantised formats.
+pub(crate) fn format_parser() -> impl TypedValueParser<Value = PackedFormat> {
+    let values = PackedFormat::ALL.map(|format| PossibleValue::new(format.name()).help(format.about()));
+    PossibleValuesParser::new(values).map(|name| PackedFormat::from_name(&name).expect("one of the names"))
 }
 
 /// How the KV cache stores its numbers.

@@ -75,7 +75,7 @@ impl ModelFiles {
             if !files.config.quant.is_none() {
                 bail!("--quantize: {} is quantised already; it can only run as it is", files.dir.display());
             }
-            files.config.quant = QuantScheme::uniform(scheme.format());
+            files.config.quant = QuantScheme::uniform(scheme);
         }
         Ok(files)
     }

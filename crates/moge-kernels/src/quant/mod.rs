@@ -26,6 +26,7 @@ pub use pack::{PackError, pack_int8, pack_panel};
 pub use product::{ExpertsDown, PackedProduct, packed_experts_down, packed_gemm, packed_swiglu};
 pub use rows::QuantizedRows;
 
+use crate::roofline::Int8Product;
 use crate::simd::{BLOCK_LEN, BYTE_BYTES, NIBBLE_BYTES, SCALE_BYTES};
 
 /// Version of the packed layout. A file of another version is not read.
@@ -51,22 +52,84 @@ pub enum PackedFormat {
     W4A8,
 }
 
+/// The facts of a format.
+struct FormatSpec {
+    name: &'static str,
+    about: &'static str,
+    /// Bytes of 32 rows by 32 columns, and what a panel has beside them.
+    block_bytes: usize,
+    tail_bytes: usize,
+    max_cols: usize,
+    /// What divides the number of columns.
+    col_multiple: usize,
+    /// The multiply-adds of its products.
+    product: Int8Product,
+}
+
 impl PackedFormat {
+    /// All of them.
+    pub const ALL: [PackedFormat; 2] = [PackedFormat::W8A8, PackedFormat::W4A8];
+
+    /// The one table of formats.
+    const fn spec(self) -> FormatSpec {
+        match self {
+            PackedFormat::W8A8 => FormatSpec {
+                name: "w8a8",
+                about: "Eight bits, a scale for each output",
+                block_bytes: BYTE_BYTES,
+                tail_bytes: W8_SCALE_BYTES,
+                max_cols: MAX_COLS,
+                col_multiple: 1,
+                product: Int8Product::I8xI8,
+            },
+            PackedFormat::W4A8 => FormatSpec {
+                name: "w4a8",
+                about: "Four bits, a scale for each output and 32 inputs",
+                block_bytes: W4_BLOCK_BYTES,
+                tail_bytes: 0,
+                max_cols: usize::MAX,
+                col_multiple: BLOCK_LEN,
+                product: Int8Product::U4xI8,
+            },
+        }
+    }
+
+    /// Its name in files and on the command line.
+    pub fn name(self) -> &'static str {
+        self.spec().name
+    }
+
+    /// A description for people.
+    pub fn about(self) -> &'static str {
+        self.spec().about
+    }
+
+    /// The format of this name.
+    pub fn from_name(name: &str) -> Option<PackedFormat> {
+        PackedFormat::ALL.into_iter().find(|format| format.name() == name)
+    }
+
+    /// The multiply-adds that bound its products.
+    pub fn int8_product(self) -> Int8Product {
+        self.spec().product
+    }
+
     /// True if weights of `cols` columns can be packed: W4A8 needs whole quant blocks.
     pub fn allows_cols(self, cols: usize) -> bool {
-        match self {
-            PackedFormat::W8A8 => cols > 0 && cols <= MAX_COLS,
-            PackedFormat::W4A8 => cols > 0 && cols.is_multiple_of(BLOCK_LEN),
-        }
+        let FormatSpec { max_cols, col_multiple, .. } = self.spec();
+        (1..=max_cols).contains(&cols) && cols.is_multiple_of(col_multiple)
+    }
+
+    /// Number of blocks of 32 columns in a panel of `panel_bytes`.
+    fn num_blocks(self, panel_bytes: usize) -> usize {
+        let FormatSpec { block_bytes, tail_bytes, .. } = self.spec();
+        (panel_bytes - tail_bytes) / block_bytes
     }
 
     /// Bytes of a panel of `cols` columns.
     pub fn panel_bytes(self, cols: usize) -> usize {
-        let num_blocks = cols.div_ceil(BLOCK_LEN);
-        match self {
-            PackedFormat::W8A8 => num_blocks * BYTE_BYTES + W8_SCALE_BYTES,
-            PackedFormat::W4A8 => num_blocks * W4_BLOCK_BYTES,
-        }
+        let FormatSpec { block_bytes, tail_bytes, .. } = self.spec();
+        cols.div_ceil(BLOCK_LEN) * block_bytes + tail_bytes
     }
 
     /// Panels of `rows` rows.

@@ -6,7 +6,7 @@
 use std::cell::RefCell;
 
 use super::rows::{TILE_ROWS, Tile};
-use super::{PackedFormat, Panel, W4_BLOCK_BYTES, W8_SCALE_BYTES};
+use super::{PackedFormat, Panel, W4_BLOCK_BYTES};
 use crate::isa::Isa;
 use crate::simd::{Aligned, BLOCK_LEN, BYTE_BYTES, BlockInputs, Dot, DotOp, PANEL_ROWS};
 
@@ -46,10 +46,7 @@ pub(super) fn multiply_panels<'a>(
     let num_rows = x.scales.len();
     assert!(num_rows <= TILE_ROWS);
     assert!(panels.iter().all(|panel| panel.format == first.format && panel.bytes.len() == first.bytes.len()));
-    let num_blocks = match first.format {
-        PackedFormat::W8A8 => (first.bytes.len() - W8_SCALE_BYTES) / BYTE_BYTES,
-        PackedFormat::W4A8 => first.bytes.len() / W4_BLOCK_BYTES,
-    };
+    let num_blocks = first.format.num_blocks(first.bytes.len());
     assert!(x.levels.len() == num_blocks * num_rows * BLOCK_LEN);
     assert!(x.corrections.len() == num_blocks * num_rows && x.sums.len() == num_rows);
     let at_once = if num_rows <= FEW_ROWS { MAX_PANELS } else { 1 };

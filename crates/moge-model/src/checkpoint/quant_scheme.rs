@@ -51,16 +51,17 @@ pub struct QuantScheme {
 
 /// Name of a format in files and on the command line; `none` for weights that stay as they are.
 pub fn format_name(format: Option<PackedFormat>) -> &'static str {
-    match format {
-        Some(PackedFormat::W8A8) => "w8a8",
-        Some(PackedFormat::W4A8) => "w4a8",
-        None => "none",
-    }
+    format.map_or("none", PackedFormat::name)
+}
+
+/// All names that [`format_name`] gives.
+pub fn format_names() -> String {
+    PackedFormat::ALL.map(PackedFormat::name).join(", ") + ", " + format_name(None)
 }
 
 /// The format of this name, see [`format_name`]; `None` if there is no such name.
 pub fn format_from_name(name: &str) -> Option<Option<PackedFormat>> {
-    [Some(PackedFormat::W8A8), Some(PackedFormat::W4A8), None].into_iter().find(|&format| format_name(format) == name)
+    if name == format_name(None) { Some(None) } else { PackedFormat::from_name(name).map(Some) }
 }
 
 impl LayerFormats {
@@ -178,7 +179,7 @@ fn read_format(object: &Value, place: &str, field: &str) -> Result<Option<Packed
     value
         .as_str()
         .and_then(format_from_name)
-        .ok_or_else(|| (format!("{place}.{field}"), format!("{value} is unknown; there are w8a8, w4a8, none")))
+        .ok_or_else(|| (format!("{place}.{field}"), format!("{value} is unknown; there are {}", format_names())))
 }
 
 #[cfg(test)]

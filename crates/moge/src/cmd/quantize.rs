@@ -6,13 +6,16 @@ use std::path::{Path, PathBuf};
 use std::{fmt, io};
 
 use anyhow::{Context, Result, bail};
-use clap::builder::RangedU64ValueParser;
-use clap::{Args, ValueEnum};
+use clap::Args;
+use clap::builder::{PossibleValue, PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use indicatif::DecimalBytes;
-use moge_model::{Cpu, Isa, LayerFormats, MAX_THREADS, PackedFormat, QuantScheme, WriteError, available_threads};
+use moge_model::{
+    Cpu, Isa, LayerFormats, MAX_THREADS, PackedFormat, QuantScheme, WriteError, available_threads, format_from_name,
+    format_name, format_names,
+};
 use moge_quant::{Job, QuantizeError, RoundingErrors};
 
-use crate::args::FormatArg;
+use crate::args::format_parser;
 use crate::cmd::synth::check_free_space;
 use crate::interrupt::Interrupt;
 use crate::{output, progress};
@@ -31,16 +34,16 @@ pub(crate) struct QuantizeArgs {
     #[arg(short, long, value_name = "DIR")]
     out: PathBuf,
     /// Format of all weights but the head: w8a8 has eight bits per weight, w4a8 four and a half
-    #[arg(long, value_enum)]
-    scheme: FormatArg,
+    #[arg(long, value_parser = format_parser())]
+    scheme: PackedFormat,
     /// Another format for the shared expert
-    #[arg(long, value_enum, value_name = "FORMAT")]
+    #[arg(long, value_name = "FORMAT", value_parser = RoleFormat::parser())]
     shared_expert: Option<RoleFormat>,
     /// Another format for the projections of attention
-    #[arg(long, value_enum, value_name = "FORMAT")]
+    #[arg(long, value_name = "FORMAT", value_parser = RoleFormat::parser())]
     attention: Option<RoleFormat>,
     /// Format of the output head
-    #[arg(long, value_enum, value_name = "FORMAT", default_value = "w8a8")]
+    #[arg(long, value_name = "FORMAT", default_value = "w8a8", value_parser = RoleFormat::parser())]
     lm_head: RoleFormat,
     /// Another format for all weights of one layer, counted from 0; may be given for several
     #[arg(long, value_name = "LAYER=FORMAT", value_parser = LayerFormat::parse)]
@@ -53,14 +56,9 @@ pub(crate) struct QuantizeArgs {
     report: Option<PathBuf>,
 }
 
-/// How weights of one role are quantised.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum RoleFormat {
-    W8a8,
-    W4a8,
-    /// As they are.
-    None,
-}
+/// How weights of one role are quantised; `None`: they stay as they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct RoleFormat(Option<PackedFormat>);
 
 /// A layer with a format of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,20 +69,19 @@ struct LayerFormat {
 
 impl LayerFormat {
     fn parse(text: &str) -> Result<LayerFormat, String> {
-        let allowed = || "not LAYER=FORMAT, as in 0=w8a8; formats are w8a8, w4a8, none".to_owned();
+        let allowed = || format!("not LAYER=FORMAT, as in 0=w8a8; formats are {}", format_names());
         let (layer, format) = text.split_once('=').ok_or_else(allowed)?;
         let layer = layer.parse().map_err(|_| allowed())?;
-        Ok(LayerFormat { layer, format: RoleFormat::from_str(format, false).map_err(|_| allowed())? })
+        Ok(LayerFormat { layer, format: RoleFormat(format_from_name(format).ok_or_else(allowed)?) })
     }
 }
 
 impl RoleFormat {
-    fn format(self) -> Option<PackedFormat> {
-        match self {
-            RoleFormat::W8a8 => Some(PackedFormat::W8A8),
-            RoleFormat::W4a8 => Some(PackedFormat::W4A8),
-            RoleFormat::None => None,
-        }
+    fn parser() -> impl TypedValueParser<Value = RoleFormat> {
+        let about = |format: Option<PackedFormat>| format.map_or("As they are", PackedFormat::about);
+        let value = |format| PossibleValue::new(format_name(format)).help(about(format));
+        let values = PackedFormat::ALL.into_iter().map(Some).chain([None]).map(value);
+        PossibleValuesParser::new(values).map(|name| RoleFormat(format_from_name(&name).expect("one of the names")))
     }
 }
 
@@ -151,15 +148,15 @@ fn check_writable(file: &Path) -> io::Result<()> {
 
 impl QuantizeArgs {
     fn scheme(&self) -> QuantScheme {
-        let uniform = QuantScheme::uniform(self.scheme.format());
+        let uniform = QuantScheme::uniform(self.scheme);
         let layers = LayerFormats {
             mlp: uniform.layers.mlp,
-            shared_expert: self.shared_expert.map_or(uniform.layers.shared_expert, RoleFormat::format),
-            attention: self.attention.map_or(uniform.layers.attention, RoleFormat::format),
+            shared_expert: self.shared_expert.map_or(uniform.layers.shared_expert, |format| format.0),
+            attention: self.attention.map_or(uniform.layers.attention, |format| format.0),
         };
-        let formats = |format: RoleFormat| format.format().map_or_else(LayerFormats::default, LayerFormats::uniform);
+        let formats = |format: RoleFormat| format.0.map_or_else(LayerFormats::default, LayerFormats::uniform);
         let exceptions = self.layer.iter().map(|exception| (exception.layer, formats(exception.format))).collect();
-        QuantScheme { layers, exceptions, lm_head: self.lm_head.format() }
+        QuantScheme { layers, exceptions, lm_head: self.lm_head.0 }
     }
 }
 

@@ -47,10 +47,7 @@ pub(crate) struct CeilingReport {
 impl<'a> Ceilings<'a> {
     /// Ceilings of the threads of `cpu`, for a model like this.
     pub(crate) fn new(cpu: &'a Cpu, config: &ModelConfig) -> Ceilings<'a> {
-        let product = match config.quant.layers.mlp {
-            Some(PackedFormat::W4A8) => Int8Product::U4xI8,
-            Some(PackedFormat::W8A8) | None => Int8Product::I8xI8,
-        };
+        let product = config.quant.layers.mlp.map_or(Int8Product::I8xI8, PackedFormat::int8_product);
         Ceilings { cpu, product, memory: MemoryRead::new(cpu) }
     }
 
