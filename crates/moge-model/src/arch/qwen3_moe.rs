@@ -84,8 +84,8 @@ const PRESETS: &[Preset] = &[
     },
     Preset {
         name: "small",
-        about: "46 MB: 6 layers, 24 experts",
-        config: SynthSizes::new([6, 256, 8, 2, 32], 4096, 4096).experts(Architecture::Qwen3Moe, [24, 1, 4, 176], None),
+        about: "49 MB: 6 layers, 24 experts",
+        config: SynthSizes::new([6, 256, 8, 2, 32], 4096, 4096).experts(Architecture::Qwen3Moe, [24, 1, 4, 192], None),
     },
     Preset {
         name: "qwen3-30b-a3b-4l",
