@@ -141,6 +141,16 @@ impl Engine {
         self.scheduler.set_draft(id, draft);
     }
 
+    /// Replace the weights of a model made by [`Model::from_params`], and forget what the old ones computed for prompts to
+    /// come. Sequences that run go on with keys and values of the old ones.
+    ///
+    /// # Panics
+    /// As [`Model::update_params`].
+    pub fn update_params(&mut self, cpu: &Cpu, params: &[f32]) {
+        self.model.update_params(cpu, params);
+        self.clear_prefix_cache();
+    }
+
     /// As [`Scheduler::clear_prefix_cache`].
     pub fn clear_prefix_cache(&mut self) {
         self.scheduler.clear_prefix_cache();

@@ -160,8 +160,8 @@ impl Import {
     /// True if a tensor that has no place changes nothing.
     fn is_ignored(&self, config: &ModelConfig, name: &str, tensor: &StoredTensor) -> Result<bool, QuantizeError> {
         // The KV cache has a precision and scales of its own, whatever these were measured for.
-        let is_left_over = ["rotary_emb.inv_freq", "kv_cache_scale", "kv_cache_offset"];
-        if is_left_over.iter().any(|part| name.contains(part)) {
+        const LEFT_OVER: [&str; 3] = [".rotary_emb.inv_freq", ".kv_cache_scale", ".kv_cache_offset"];
+        if LEFT_OVER.iter().any(|suffix| name.ends_with(suffix)) {
             return Ok(true);
         }
         if name.ends_with("norm.bias") && is_float(tensor.dtype()) {

@@ -241,6 +241,7 @@ pub(crate) unsafe fn pack_rows<'a, S: Simd>(
     width: usize,
     out: *mut f32,
 ) {
+    assert!(width <= STEPS || width.is_multiple_of(STEPS), "a strip of {width} would be written over by its last step");
     for first in members.clone().step_by(width) {
         for next in first + width..members.end.min(first + 2 * width) {
             prefetch_row(simd, row(next));

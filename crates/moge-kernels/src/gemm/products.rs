@@ -137,7 +137,7 @@ impl TrainGemm {
                 left: Factor::Rows(x, first_row),
                 right: Factor::Rows(ProductRows::new(w, cols), n.start),
                 depth: cols,
-                begin: bias.map_or(Begin::Zero, |bias| Begin::Row(&bias[n.clone()])),
+                begin: bias.map_or(SumStart::Zero, |bias| SumStart::Row(&bias[n.clone()])),
                 // SAFETY: Parts are disjoint in rows or in columns.
                 out: unsafe { Block::new(&out, first_row * rows, rows, [m, n]) },
             }
@@ -168,7 +168,7 @@ impl TrainGemm {
                 left: Factor::Rows(dy, first_row),
                 right: Factor::Steps(ProductRows::new(w, cols), [0, n.start]),
                 depth: rows,
-                begin: Begin::of(store),
+                begin: SumStart::of(store),
                 // SAFETY: Parts are disjoint in rows or in columns.
                 out: unsafe { Block::new(&dx, first_row * cols, cols, [m, n]) },
             }
@@ -200,7 +200,7 @@ impl TrainGemm {
                 left: Factor::Steps(dy, [dispatched.start, m.start]),
                 right: Factor::Steps(x, [dispatched.start, n.start]),
                 depth: dispatched.len(),
-                begin: Begin::of(store),
+                begin: SumStart::of(store),
                 // SAFETY: Parts are disjoint in experts, in rows or in columns.
                 out: unsafe { Block::new(&dw, weights.starts[expert] + m.start * cols, cols, [m, n]) },
             }
@@ -316,7 +316,7 @@ struct Part<'a> {
     left: Factor<'a>,
     right: Factor<'a>,
     depth: usize,
-    begin: Begin<'a>,
+    begin: SumStart<'a>,
     out: Block,
 }
 
@@ -331,7 +331,7 @@ enum Factor<'a> {
 
 /// What the sums are added to.
 #[derive(Clone, Copy)]
-enum Begin<'a> {
+enum SumStart<'a> {
     Zero,
     /// What the output holds.
     Output,
@@ -339,11 +339,11 @@ enum Begin<'a> {
     Row(&'a [f32]),
 }
 
-impl Begin<'_> {
+impl SumStart<'_> {
     fn of(store: Accumulate) -> Self {
         match store {
-            Accumulate::Set => Begin::Zero,
-            Accumulate::Add => Begin::Output,
+            Accumulate::Set => SumStart::Zero,
+            Accumulate::Add => SumStart::Output,
         }
     }
 }
@@ -383,9 +383,9 @@ impl SimdOp for MultiplyPart<'_> {
     fn run<S: Simd>(self, simd: S) {
         let Block { numbers: out, num_rows, num_cols } = self.part.out;
         let mut addend = match self.part.begin {
-            Begin::Zero => None,
-            Begin::Output => Some(Strided { start: out.start.cast_const(), stride: out.stride }),
-            Begin::Row(numbers) => Some(Strided { start: numbers.as_ptr(), stride: 0 }),
+            SumStart::Zero => None,
+            SumStart::Output => Some(Strided { start: out.start.cast_const(), stride: out.stride }),
+            SumStart::Row(numbers) => Some(Strided { start: numbers.as_ptr(), stride: 0 }),
         };
         // Without a step there is still one piece, which writes what the sums are added to.
         for start in (0..self.part.depth.max(1)).step_by(piece_len::<S>()) {
